@@ -5,7 +5,6 @@ fedmi run scenarios/aggregate_size.toml --out runs/aggregate_size
 python docs/make_figures.py [folder of the runs]
 """
 
-import json
 import math
 import re
 import sys
@@ -16,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from make_readme import Report, Rows, marks, put, spread
+from make_readme import Report, Rows, marks, measured, put, spread
 from safetensors.torch import load_file
 
 from fedmi.leakage.files import rows_of
 from fedmi.leakage.intervals import paired_interval
 from fedmi.leakage.row import LeakageRow
-from fedmi.report.plots import INK, SERIES, Spec, _svg
+from fedmi.report.plots import INK, SERIES, Spec, drawn
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -263,18 +262,13 @@ def panel(
 
 def costs() -> str:
     """The benchmarks of the protections, each with its command."""
-    lines = ["| what | measured | command |", "|---|---|---|"]
-    for describe, name in (
-        (secagg, "secagg_round"),
-        (homomorphic, "homomorphic"),
-        (dp_sgd, "dp_sgd"),
-        (masks, "mask_recovery"),
-    ):
-        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        lines += [
-            f"| {what} | {value} | `benchmarks/{name}.py` |" for what, value in describe(found)
-        ]
-    return "\n".join(lines)
+    described = {
+        "secagg_round": secagg,
+        "homomorphic": homomorphic,
+        "dp_sgd": dp_sgd,
+        "mask_recovery": masks,
+    }
+    return measured(RESULTS, described)
 
 
 def secagg(found: Report) -> Rows:
@@ -348,7 +342,7 @@ def main(runs: Path) -> None:
             print(f"no {runs / name}: its figure and table stay as they are")
             continue
         figure = ROOT / "docs" / "figures" / f"{name}.svg"
-        figure.write_text(_svg(draw(runs / name)), encoding="utf-8")
+        figure.write_text(drawn(draw(runs / name)), encoding="utf-8")
         text = put(text, *marks(name), table(runs / name))
     page.write_text(text, encoding="utf-8")
 

@@ -6,7 +6,7 @@ make demo && fedmi run scenarios/update_protections.toml --out runs/update_prote
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,10 @@ def pictures(run: Path) -> list[str]:
     return found
 
 
-def measured(folder: Path) -> str:
-    """The benchmarks' results in one table, each with its command."""
+def measured(folder: Path, described: Mapping[str, Callable[[Report], Rows]]) -> str:
+    """Benchmarks' results in one table, each with its command; described: by name of the file."""
     lines = ["| what | measured | command |", "|---|---|---|"]
-    for describe, name in (
-        (faces, "mi_face"),
-        (gradients, "inverting_gradients"),
-        (rounds, "round_overhead"),
-        (intervals, "interval_coverage"),
-    ):
+    for name, describe in described.items():
         found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         lines += [
             f"| {what} | {value} | `benchmarks/{name}.py` |" for what, value in describe(found)
@@ -184,7 +179,13 @@ def main(run: Path, guarded: Path) -> None:
     text = put(text, *marks("quickstart"), block)
     if guarded.is_dir():
         text = put(text, *marks("protections"), protections(read(guarded)))
-    text = put(text, *marks("benchmarks"), measured(ROOT / "benchmarks" / "results"))
+    described = {
+        "mi_face": faces,
+        "inverting_gradients": gradients,
+        "round_overhead": rounds,
+        "interval_coverage": intervals,
+    }
+    text = put(text, *marks("benchmarks"), measured(ROOT / "benchmarks" / "results", described))
     readme.write_text(text, encoding="utf-8")
 
 

@@ -35,6 +35,7 @@ from fedmi.models.resnet import ResNet18
 from fedmi.protections.secagg.secagg_plus import SecAggPlus
 from fedmi.training.local import fit
 from tests.deployment_fixtures import CLASSES, SHAPE, job, records, tensors
+from tests.protection_fixtures import setting
 
 SERVER = Position.MALICIOUS_SERVER
 STEPS, TV_WEIGHT = 300, 0.01
@@ -244,19 +245,34 @@ def test_a_round_without_the_victim_stays_honest(tmp_path: Path) -> None:
 def test_networks_that_cannot_be_suppressed_are_refused(
     spec: ModelSpec, layer: str, why: str
 ) -> None:
-    (found,) = ModelInconsistency(layer=layer).problems(spec.blueprint((1, 8, 8), CLASSES))
+    (found,) = problems_of(ModelInconsistency(layer=layer), spec.blueprint((1, 8, 8), CLASSES))
     assert why in found
 
 
 def test_a_relu_fed_by_no_affine_layer_is_refused() -> None:
     for before in (nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4, affine=False), nn.Tanh()):
         network = nn.Sequential(nn.Linear(4, 4), before, nn.ReLU(), nn.Linear(4, 2))
-        assert "cannot be suppressed" in ModelInconsistency().problems(network)[0]
+        assert "cannot be suppressed" in problems_of(ModelInconsistency(), network)[0]
+
+
+def problems_of(malice: ModelInconsistency, network: nn.Module) -> list[str]:
+    return malice.problems(setting(SecAggPlus(), clients=5, rounds=3, network=network))
+
+
+def test_rounds_and_victims_that_are_not_there_are_refused() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert problems_of(ModelInconsistency(victim=4, rounds=(3,)), network) == []
+    assert problems_of(ModelInconsistency(victim=5), network) == [
+        "victim = 5, but clients are 0 to 4"
+    ]
+    assert problems_of(ModelInconsistency(rounds=(1, 4)), network) == [
+        "rounds names 4, but there are 3"
+    ]
 
 
 @pytest.mark.parametrize("spec", RELUS)
 def test_relu_chains_are_accepted(spec: ModelSpec) -> None:
-    assert ModelInconsistency().problems(spec.blueprint((1, 8, 8), CLASSES)) == []
+    assert problems_of(ModelInconsistency(), spec.blueprint((1, 8, 8), CLASSES)) == []
 
 
 def test_an_earlier_layer_hides_more_and_labels_must_be_granted(tmp_path: Path) -> None:

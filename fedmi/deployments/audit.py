@@ -8,8 +8,7 @@ from fedmi.data.dataset import DataError
 from fedmi.data.records import Ints, Records, Split
 from fedmi.deployments.base import Planted
 from fedmi.exposure.seeding import Seed
-from fedmi.protections.base import Setting, TrainingProtection
-from fedmi.protections.dp.user_level import UserLevelDP
+from fedmi.protections.base import Setting, TrainingProtection, UpdateProtection
 
 
 def plant(split: Split, count: int, seed: Seed) -> tuple[Records, Planted]:
@@ -49,5 +48,5 @@ def with_gradients(planted: Planted, setting: Setting) -> Planted:
         for client in range(setting.clients)
         if (canaries := protection.canaries(setting, client)) is not None
     }
-    users = (p.canaries(setting) for p in setting.protections if isinstance(p, UserLevelDP))
-    return replace(planted, gradients=found, users=next(users, None))
+    users = (p.canaries(setting) for p in setting.protections if isinstance(p, UpdateProtection))
+    return replace(planted, gradients=found, users=next(filter(None, users), None))

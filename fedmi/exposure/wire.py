@@ -58,6 +58,11 @@ def metrics_of(message: Message) -> dict[str, float]:
     }
 
 
+def clear_of(message: Message) -> dict[str, float]:
+    """The scalar metrics by the names they have beside an observation (num_examples, ...)."""
+    return {key.replace("-", "_"): value for key, value in metrics_of(message).items()}
+
+
 def failure(reply: Message | None) -> str:
     """What went wrong; of a traceback, the exception it began with."""
     if reply is None:

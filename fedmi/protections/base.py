@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
-from math import inf
+from math import inf, prod
 from typing import ClassVar, Literal
 
 from flwr.app import Context, Message
@@ -85,9 +85,19 @@ class Setting:
         return {**self.layout, **{name: shape for more in extra for name, shape in more.items()}}
 
     @property
+    def hides_clients(self) -> bool:
+        """Whether updates come with weight 1 and with nothing in clear that depends on them."""
+        return any(isinstance(p, UpdateProtection) and p.hides_clients for p in self.protections)
+
+    @property
+    def heaviest(self) -> float:
+        """The largest weight of an update as clients make it; 0 where it is not known yet."""
+        return 1.0 if self.hides_clients else float(max(self.records, default=0))
+
+    @property
     def entries(self) -> int:
         """Numbers in an update."""
-        return sum(_product(shape) for shape in self.full_layout.values())
+        return sum(prod(shape) for shape in self.full_layout.values())
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,11 @@ class Protection(Component):
     @property
     def title(self) -> str:
         return self.kind
+
+    @property
+    def audited(self) -> bool:
+        """Whether it plants canaries, for `canary_audit` to find."""
+        return False
 
     def problems(self, setting: Setting) -> list[str]:
         """Why it cannot be done in this setting, in words; nothing has run yet."""
@@ -176,6 +191,15 @@ class UpdateProtection(Protection):
     """Changes the update at the client, in clear; may act on the mean at the server too."""
 
     stage: ClassVar = Stage.UPDATE
+
+    @property
+    def hides_clients(self) -> bool:
+        """Whether it makes each client's update private: all weights 1, nothing told beside."""
+        return False
+
+    def canaries(self, setting: Setting) -> GradientCanaries | None:
+        """The clients that an auditor planted; None where there is no audit."""
+        return None
 
     @property
     def extra(self) -> Mapping[str, tuple[int, ...]]:
@@ -365,10 +389,3 @@ def out_of_order(protections: Sequence[Protection]) -> str:
                 f"{DOES[first.stage]}; keep one of them"
             )
     return ""
-
-
-def _product(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -73,7 +73,7 @@ class Clear(Transport):
         return {name: arrays[name] for name in layout}
 
     def crossing(self, message: Message) -> Crossing | None:
-        clear = {key.replace("-", "_"): value for key, value in wire.metrics_of(message).items()}
+        clear = wire.clear_of(message)
         try:
             payload = self.read(message)
         except (ValueError, KeyError, StopIteration):

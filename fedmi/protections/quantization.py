@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmi.protections.base import ClientSide, Setting, Tensors, Update, UpdateProtection
-from fedmi.protections.pruning import (
+from fedmi.protections.codec import (
     Floats,
     Packed,
     earlier,

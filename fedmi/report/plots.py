@@ -39,7 +39,7 @@ def plots(report: ReportData) -> dict[str, str]:
     if not available():
         return {}
     specs = {"utility_leakage": utility_leakage(report), "cost": cost(report)}
-    return {name: _svg(spec) for name, spec in specs.items() if spec is not None}
+    return {name: drawn(spec) for name, spec in specs.items() if spec is not None}
 
 
 def themed(svg: str, prefix: str) -> str:
@@ -171,7 +171,7 @@ def _grid(specs: list[Spec]) -> Spec | None:
     return {"concat": specs, "columns": ACROSS, "spacing": 28} if specs else None
 
 
-def _svg(spec: Spec) -> str:
+def drawn(spec: Spec) -> str:
     import vl_convert
 
     axis = {

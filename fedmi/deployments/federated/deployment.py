@@ -127,8 +127,7 @@ class Federated(Deployment):
 
     @property
     def audits(self) -> frozenset[str]:
-        planted = any(getattr(p, "audit_canaries", 0) for p in self.protections)
-        found = {"canary_audit"} if planted else set()
+        found = {"canary_audit"} if any(p.audited for p in self.protections) else set()
         return frozenset(found | ({"one_run_audit"} if self.audit_records else set()))
 
     @property
@@ -232,21 +231,7 @@ class Federated(Deployment):
                 f"at most {card.private_records // 2} would be right"
             )
         if self.malice is not None:
-            found += self._beyond(self.malice)
-            found += [f"{self.malice.kind}: {w}" for w in self.malice.problems(setting.network)]
-        return found
-
-    def _beyond(self, malice: Malice) -> list[str]:
-        """Rounds and victims that are not there."""
-        late = [round for round in malice.rounds if not 1 <= round <= self.rounds]
-        found = (
-            [f"{malice.kind}: rounds names {late[0]}, but there are {self.rounds}"] if late else []
-        )
-        victim = getattr(malice, "victim", None)
-        if isinstance(victim, int) and victim >= self.clients:
-            found.append(
-                f"{malice.kind}: victim = {victim}, but clients are 0 to {self.clients - 1}"
-            )
+            found += [f"{self.malice.kind}: {why}" for why in self.malice.problems(setting)]
         return found
 
     def estimate(self, card: Card, model: ModelSpec, recorded_rounds: int) -> Estimate:

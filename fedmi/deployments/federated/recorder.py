@@ -99,7 +99,7 @@ class Recorder:
     def _crossing(self, message: Message) -> Crossing | None:
         if self._plan.transport is not None:
             return self._plan.transport.crossing(message)
-        clear = {key.replace("-", "_"): value for key, value in wire.metrics_of(message).items()}
+        clear = wire.clear_of(message)
         tensors = wire.to_tensors(wire.arrays_of(message))
         return Crossing(self._plan.strategy.sends, tensors, clear)
 

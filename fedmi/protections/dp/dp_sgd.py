@@ -81,6 +81,10 @@ class DPSGD(TrainingProtection):
         canaries = self.canaries(setting, client)
         return OpacusLearner(noise, self.max_grad_norm, self.grad_sample_mode, seed, canaries)
 
+    @property
+    def audited(self) -> bool:
+        return self.audit_canaries > 0
+
     def canaries(self, setting: Setting, client: int) -> GradientCanaries | None:
         if not self.audit_canaries or setting.audit_seed is None:
             return None

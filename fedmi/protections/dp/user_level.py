@@ -151,6 +151,14 @@ class UserLevelDP(UpdateProtection):
         added = CanaryClients(planted, setting, self.client, seed) if planted is not None else None
         return UserLevelServer(norm, self.adaptive, noise, honest, seed, added)
 
+    @property
+    def audited(self) -> bool:
+        return self.audit_canaries > 0
+
+    @property
+    def hides_clients(self) -> bool:
+        return True
+
     def canaries(self, setting: Setting) -> GradientCanaries | None:
         """The updates of the clients that an auditor adds; None where there is no audit."""
         return plant(self.audit_canaries, self.clipping_norm, setting)
@@ -288,17 +296,6 @@ def honest_clients(setting: Setting) -> int:
 def most_rounds(setting: Setting) -> int:
     """Rounds that the busiest client takes part in; 0 until the partition is drawn."""
     return max(setting.participations, default=0)
-
-
-def hides_clients(setting: Setting) -> bool:
-    """Whether updates leave their clients under user-level DP: each with weight 1, and beside them
-    nothing in clear that depends on one."""
-    return any(isinstance(p, UserLevelDP) for p in setting.protections)
-
-
-def heaviest(setting: Setting) -> float:
-    """The largest weight of an update as clients make it; 0 where it is not known yet."""
-    return 1.0 if hides_clients(setting) else float(max(setting.records, default=0))
 
 
 def _transports(setting: Setting) -> list[Transport]:

@@ -20,7 +20,6 @@ from fedmi.protections.base import (
     TransportSide,
     UpdateProtection,
 )
-from fedmi.protections.dp.user_level import heaviest, hides_clients
 from fedmi.protections.homomorphic import messages, traffic, views
 from fedmi.protections.homomorphic.client import ClientHalf, answer_decrypt
 from fedmi.protections.homomorphic.encoding import Encoding
@@ -175,10 +174,10 @@ class HomomorphicEncryption(Transport):
         if setting.clients < 2:
             found.append("one client alone has nothing to add up")
         reweighted = any(isinstance(p, UpdateProtection) for p in setting.protections)
-        known = hides_clients(setting) or not reweighted
-        if 0 < self.max_weight < heaviest(setting) and known:
+        known = setting.hides_clients or not reweighted
+        if 0 < self.max_weight < setting.heaviest and known:
             found.append(
-                f"max_weight {self.max_weight:g} is below {heaviest(setting):g}, the largest "
+                f"max_weight {self.max_weight:g} is below {setting.heaviest:g}, the largest "
                 "weight of an update"
             )
         return [f"{self.kind}: {problem}" for problem in found]
@@ -203,7 +202,7 @@ class HomomorphicEncryption(Transport):
         return answer_decrypt(message, context, self.encoding(asked))
 
     def server_half(self, setting: Setting, seed: Seed) -> TransportServer:
-        largest = heaviest(setting) or UNKNOWN_LARGEST
+        largest = setting.heaviest or UNKNOWN_LARGEST
         encoding = self.encoding(setting.asked)
         return ServerHalf(setting, encoding, self.encrypted_share, self.max_weight or largest)
 

@@ -35,7 +35,7 @@ def shown(message: Message) -> Crossing | None:
     record = message.content.config_records[messages.RECORD]
     if "chunks" not in record:
         return Crossing(Channel.SHARE, _bytes(record))
-    clear = {key.replace("-", "_"): value for key, value in wire.metrics_of(message).items()}
+    clear = wire.clear_of(message)
     clear = {"num_examples": 0.0, **clear}
     try:
         upload = messages.read_upload(message)

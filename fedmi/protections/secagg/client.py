@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from fedmi.exposure import wire
 from fedmi.protections.base import TransportSide, Update
-from fedmi.protections.dp.user_level import hides_clients
 from fedmi.protections.secagg.masks import MOD, in_the_mod
 from fedmi.protections.secagg.messages import CLIPPED_EXCESS, CLIPPED_SHARE, NAMES
 from fedmi.protections.secagg.terms import Terms
@@ -50,7 +49,7 @@ class _Training:
             keep_input=False,
         )
         # What was clipped tells of this one update, and under user-level DP nothing may.
-        hidden = hides_clients(self.side.setting)
+        hidden = self.side.setting.hides_clients
         metrics = {**update.metrics, **({} if hidden else self._clipped(update, arrays))}
         content[wire.METRICS] = wire.metric_record(update.examples, metrics)
         content[NAMES] = ConfigRecord({NAMES: list(self.side.setting.full_layout)})

@@ -21,7 +21,6 @@ from fedmi.protections.base import (
     TransportSide,
     UpdateProtection,
 )
-from fedmi.protections.dp.user_level import heaviest, hides_clients
 from fedmi.protections.secagg import client, opening, traffic, views
 from fedmi.protections.secagg.masks import generator
 from fedmi.protections.secagg.server import LEAST_CLIENTS, SecAggServer
@@ -141,10 +140,10 @@ class SecAggPlus(Transport):
                 f"{terms.shares(asked)} shares among {asked} clients"
             )
         reweighted = any(isinstance(p, UpdateProtection) for p in setting.protections)
-        known = hides_clients(setting) or not reweighted
-        if 0 < self.max_weight < heaviest(setting) and known:
+        known = setting.hides_clients or not reweighted
+        if 0 < self.max_weight < setting.heaviest and known:
             found.append(
-                f"max_weight {self.max_weight:g} is below {heaviest(setting):g}, the largest "
+                f"max_weight {self.max_weight:g} is below {setting.heaviest:g}, the largest "
                 "weight of an update"
             )
         return found
@@ -186,7 +185,7 @@ class SecAggPlus(Transport):
         return traffic.predicted(setting, self._terms(setting))
 
     def _terms(self, setting: Setting) -> Terms:
-        largest = heaviest(setting) or UNKNOWN_LARGEST
+        largest = setting.heaviest or UNKNOWN_LARGEST
         return Terms(
             num_shares=self.num_shares,
             reconstruction_threshold=self.reconstruction_threshold,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedmi.exposure.component import Component
 from fedmi.exposure.seeding import Seed
+from fedmi.protections.base import Setting
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Malice(Component):
         default=(1,), min_length=1, description="rounds in which the server alters models"
     )
 
-    def problems(self, network: nn.Module) -> list[str]:
-        """Why it cannot be done to this architecture, in words."""
-        return []
+    def problems(self, setting: Setting) -> list[str]:
+        """Why it cannot be done in this deployment, in words."""
+        late = [round for round in self.rounds if not 1 <= round <= setting.rounds]
+        return [f"rounds names {round}, but there are {setting.rounds}" for round in late[:1]]
 
     @abstractmethod
     def alter(

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedmi.deployments.federated.malice.base import Malice, Occasion
+from fedmi.protections.base import Setting
 
 AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
 """Layers that answer a constant once their weight is zero: that of their bias."""
@@ -50,12 +51,15 @@ class ModelInconsistency(Malice):
         default=1.0, gt=0, le=1e6, description="how far below zero the dead ReLUs' inputs lie"
     )
 
-    def problems(self, network: nn.Module) -> list[str]:
+    def problems(self, setting: Setting) -> list[str]:
+        found = super().problems(setting)
+        if self.victim != "each" and self.victim >= setting.clients:
+            found.append(f"victim = {self.victim}, but clients are 0 to {setting.clients - 1}")
         try:
-            self._feeding(network)
+            self._feeding(setting.network)
         except ValueError as error:
-            return [str(error)]
-        return []
+            found.append(str(error))
+        return found
 
     def alter(
         self, model: Mapping[str, Tensor], client: int, occasion: Occasion
