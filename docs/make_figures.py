@@ -1,7 +1,8 @@
-"""Draw the two figures of docs/protections.md, and write its tables, from finished runs.
+"""Draw the figures of docs/protections.md; write its tables and those of docs/smpc.md from runs.
 
 fedmi run scenarios/dp_frontier.toml --out runs/dp_frontier
 fedmi run scenarios/aggregate_size.toml --out runs/aggregate_size
+fedmi run scenarios/smpc.toml --out runs/smpc
 python docs/make_figures.py [folder of the runs]
 """
 
@@ -17,6 +18,7 @@ import pandas as pd
 import torch
 from make_readme import Report, Rows, marks, measured, put, spread
 from safetensors.torch import load_file
+from smpc_tables import tables
 
 from fedmi.leakage.files import rows_of
 from fedmi.leakage.intervals import paired_interval
@@ -344,6 +346,17 @@ def main(runs: Path) -> None:
         figure = ROOT / "docs" / "figures" / f"{name}.svg"
         figure.write_text(drawn(draw(runs / name)), encoding="utf-8")
         text = put(text, *marks(name), table(runs / name))
+    page.write_text(text, encoding="utf-8")
+    computed(runs / "smpc")
+
+
+def computed(run: Path) -> None:
+    """The tables of docs/smpc.md."""
+    if not (run / "leakage.parquet").is_file():
+        print(f"no {run}: the tables of docs/smpc.md stay as they are")
+        return
+    page = ROOT / "docs" / "smpc.md"
+    text = put(page.read_text(encoding="utf-8"), *marks("figures"), tables(run))
     page.write_text(text, encoding="utf-8")
 
 

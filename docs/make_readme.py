@@ -1,6 +1,9 @@
 """Write the README's tables and figures from finished runs.
 
-make demo && fedmi run scenarios/update_protections.toml --out runs/update_protections && make docs
+make demo
+fedmi run scenarios/update_protections.toml --out runs/update_protections
+fedmi run scenarios/smpc.toml --out runs/smpc
+make docs
 """
 
 import json
@@ -44,9 +47,15 @@ def table(leakage: pd.DataFrame) -> str:
 
 
 def protections(leakage: pd.DataFrame) -> str:
-    """One row a place that somebody attacked, on faces; the first of several rounds stands."""
+    """The places of the runs on faces."""
     leakage = leakage[leakage["deployment"].str.contains("att_faces") & leakage["value"].notna()]
-    leakage = leakage.assign(deployment=leakage["deployment"].str.replace(" kind=att_faces", ""))
+    return places(
+        leakage.assign(deployment=leakage["deployment"].str.replace(" kind=att_faces", ""))
+    )
+
+
+def places(leakage: pd.DataFrame) -> str:
+    """One row a place that somebody attacked; the first of several rounds stands."""
     lines = [
         "| deployment (accuracy) | position, channel | attack | value | prior-only | advantage |",
         "|---|---|---|---:|---:|---|",
@@ -163,7 +172,7 @@ def read(run: Path) -> pd.DataFrame:
     return pd.read_parquet(run / "leakage.parquet")
 
 
-def main(run: Path, guarded: Path) -> None:
+def main(run: Path, guarded: Path, shared: Path) -> None:
     leakage = read(run)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -179,6 +188,8 @@ def main(run: Path, guarded: Path) -> None:
     text = put(text, *marks("quickstart"), block)
     if guarded.is_dir():
         text = put(text, *marks("protections"), protections(read(guarded)))
+    if shared.is_dir():
+        text = put(text, *marks("smpc"), places(read(shared)))
     described = {
         "mi_face": faces,
         "inverting_gradients": gradients,
@@ -195,4 +206,4 @@ def marks(name: str) -> tuple[str, str]:
 
 if __name__ == "__main__":
     runs = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs"
-    main(runs / "quickstart", runs / "update_protections")
+    main(runs / "quickstart", runs / "update_protections", runs / "smpc")

@@ -9,11 +9,12 @@ import torch
 from fedmi.deployments import saved
 from fedmi.deployments.base import DeploymentError
 from fedmi.deployments.centralized import Centralized
-from fedmi.deployments.serving.exact import service
+from fedmi.deployments.serving.base import Trained
+from fedmi.deployments.serving.exact import Exact
 from fedmi.exposure.claim import PrivacyClaim
 from fedmi.exposure.observation import Observation, Transcript
 from fedmi.exposure.seeding import Seed
-from fedmi.exposure.service import QueryBudgetExceededError
+from fedmi.exposure.service import QueryBudgetExceededError, Service
 from fedmi.exposure.words import Channel, Position
 from fedmi.models.classifiers import MLP
 from fedmi.training.local import evaluate
@@ -65,7 +66,9 @@ def test_progress_reaches_one(tmp_path: Path) -> None:
 def test_service_answers_in_eval_mode_without_gradients(channel: Channel, tmp_path: Path) -> None:
     task = job(tmp_path, WithBuffers())
     outcome = Centralized(name="c", epochs=2).train(task)
-    ask = service(outcome.state, WithBuffers(), SHAPE, CLASSES, channel, query_budget=30)
+    model = Trained(outcome.state, WithBuffers(), SHAPE, CLASSES)
+    with Exact().door(model, channel, tmp_path) as door:
+        ask = Service(door, channel, query_budget=30)
     inputs = tensors(task.split.held_out)[0][:10].requires_grad_()
     answers = ask(inputs)
     alone = torch.cat([ask(one[None]) for one in inputs])
@@ -82,8 +85,12 @@ def test_service_answers_in_eval_mode_without_gradients(channel: Channel, tmp_pa
 
 def test_service_refuses_other_channels(tmp_path: Path) -> None:
     outcome = Centralized(name="c", epochs=1).train(job(tmp_path))
-    with pytest.raises(ValueError, match="not global_model"):
-        service(outcome.state, MLP(hidden=(8,)), SHAPE, CLASSES, Channel.GLOBAL_MODEL)
+    model = Trained(outcome.state, MLP(hidden=(8,)), SHAPE, CLASSES)
+    with (
+        pytest.raises(ValueError, match="not global_model"),
+        Exact().door(model, Channel.GLOBAL_MODEL, tmp_path),
+    ):
+        pass
 
 
 def test_an_outcome_survives_saving_renaming_and_loading(tmp_path: Path) -> None:

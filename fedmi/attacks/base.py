@@ -12,7 +12,7 @@ from fedmi.exposure.component import Component
 from fedmi.exposure.knowledge import Knowledge, Target
 from fedmi.exposure.observation import Transcript
 from fedmi.exposure.seeding import Seed
-from fedmi.exposure.words import Channel, Fact, Position, in_coalition
+from fedmi.exposure.words import PER_ROUND, Channel, Fact, Position, in_coalition
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Attack(Component):
     def required_facts(self) -> frozenset[Fact]:
         """Facts without which it cannot run under these options; `needs` unless they matter."""
         return self.needs
+
+    @property
+    def inverts_classes(self) -> bool:
+        """Whether its targets are the classes of a model, on whatever channel that comes."""
+        return self.channel not in PER_ROUND
 
     def unsuited(self, network: nn.Module) -> str:
         """Why the attack cannot read this architecture (parameters on the meta device), or ""."""

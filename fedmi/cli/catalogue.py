@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 GROUPS = (
     "attacks", "datasets", "deployments", "malice", "metrics", "models", "partitions",
-    "protections", "strategies",
+    "protections", "serving", "strategies",
 )  # fmt: skip
 
 

@@ -77,12 +77,13 @@ def _trainings(seen: "Overview") -> Table:
     table = _table("Trainings (sizes are estimates of one)", "deployment", *columns)
     for item in seen.trainings:
         estimate = item.estimate
+        shared = f"; {item.parties} compute parties" if item.parties else ""
         table.add_row(
             item.title,
             item.kind,
             str(item.trainings),
             ", ".join(str(number) for number in item.recorded_rounds) or "-",
-            ", ".join(item.protections) or "none",
+            (", ".join(item.protections) or "none") + shared,
             size(estimate.wire_bytes_up),
             size(estimate.wire_bytes_down),
             size(estimate.memory_bytes),
@@ -95,6 +96,7 @@ def _attacks(seen: "Overview") -> Table:
     table = _table("Attacks", "attack", *columns)
     for item in seen.attacks:
         granted = ", ".join(item.granted) or "nothing"
+        granted += f"; {item.coalition}" if item.coalition else ""
         spot = (item.attack, item.deployment, item.position, item.channel)
         table.add_row(*spot, granted, str(item.seeds))
     return table

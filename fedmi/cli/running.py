@@ -94,10 +94,12 @@ def _run_errors() -> Iterator[None]:
 
 
 def _print_table(found: "Results") -> None:
-    from fedmi.report.terminal import leakage_table
+    from fedmi.report.terminal import leakage_table, secured_text
 
     console = results()
     console.print(leakage_table(found.leakage, found.metrics))
+    if found.secured:
+        console.print(secured_text(found.secured))
     console.print(f"tables and report: {found.directory}/report.html", markup=False, soft_wrap=True)
 
 

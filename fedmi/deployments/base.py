@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fedmi.data.dataset import Card
 from fedmi.data.records import Ints, Split
+from fedmi.deployments.serving.base import Serving
+from fedmi.deployments.serving.exact import Exact
 from fedmi.exposure.claim import PrivacyClaim
-from fedmi.exposure.component import Component
+from fedmi.exposure.component import Component, OneOf
 from fedmi.exposure.knowledge import View
 from fedmi.exposure.observation import Transcript
 from fedmi.exposure.opening import Confided, Opener
@@ -21,6 +23,7 @@ from fedmi.exposure.recipe import LocalWork, Recipe
 from fedmi.exposure.seeding import Seed
 from fedmi.exposure.words import Position
 from fedmi.models.base import ModelSpec
+from fedmi.mpc.cost import MPCCost
 from fedmi.protections.audit.canaries import CANARY_CLIENTS, GradientCanaries
 
 Steps = tuple[tuple[int, ...], ...]
@@ -105,7 +108,7 @@ class Outcome:
     -> rows of `split.private` in order of first use. order: (round, client) -> for each local
     step, which of these records it used, counted from 0. confided: what each client could tell of
     a recorded round if it colluded; an attack gets what its coalition tells. planted: an audit's
-    canaries.
+    canaries. mpc: what computing under MPC took, if the training did; served: the same of serving.
     """
 
     state: Mapping[str, Tensor]
@@ -118,6 +121,8 @@ class Outcome:
     flags: frozenset[str] = field(default_factory=frozenset)
     confided: tuple[Confided, ...] = ()
     planted: Planted = field(default_factory=Planted)
+    mpc: MPCCost | None = None
+    served: MPCCost | None = None
 
 
 @dataclass(frozen=True)
@@ -135,14 +140,21 @@ class Deployment(Component):
 
     name: str = Field(min_length=1, description="its name in the table")
     recipe: Recipe | None = Field(default=None, description="overrides the scenario's [training]")
+    serving: Annotated[Serving, OneOf("fedmi.serving")] = Field(
+        default=Exact(), description="how the trained model answers"
+    )
 
     training: ClassVar[str]
-    serving: ClassVar[str] = "exact"
 
     @property
     def protected_by(self) -> tuple[str, ...]:
         """Names of the protections, outermost last; empty for a positive control."""
         return ()
+
+    @property
+    def protections_in_all(self) -> tuple[str, ...]:
+        """Those of the training, then those of the serving."""
+        return (*self.protected_by, *self.serving.protected_by)
 
     def problems(self, card: Card, model: ModelSpec, recipe: Recipe) -> list[str]:
         """Why it cannot be trained as asked, in words; nothing has run yet."""
@@ -161,6 +173,11 @@ class Deployment(Component):
     def opener(self, network: nn.Module, recipe: Recipe) -> Opener | None:
         """How sealed items are opened by whoever holds the keys; None if nothing is sealed."""
         return None
+
+    @property
+    def compute_parties(self) -> int:
+        """How many parties compute on shares while it trains; 0 where none do."""
+        return 0
 
     @property
     def parallelism(self) -> int:

@@ -70,8 +70,7 @@ class Centralized(Deployment):
     def views(self) -> tuple[View, ...]:
         return (
             View(Position.MODEL_HOLDER, Channel.GLOBAL_MODEL, frozenset({Fact.ARCHITECTURE})),
-            View(Position.API_USER, Channel.PREDICTIONS),
-            View(Position.API_USER, Channel.LABELS),
+            *self.serving.views(),
         )
 
     def work(self, recipe: Recipe) -> LocalWork:
@@ -97,8 +96,11 @@ class Centralized(Deployment):
         )
 
     def problems(self, card: Card, model: ModelSpec, recipe: Recipe) -> list[str]:
-        setting = self.setting(model.blueprint(card.shape, card.classes), recipe)
-        return [f"{p.title}: {why}" for p in self.protections for why in p.problems(setting)]
+        network = model.blueprint(card.shape, card.classes)
+        setting = self.setting(network, recipe)
+        return self.serving.problems(network) + [
+            f"{p.title}: {why}" for p in self.protections for why in p.problems(setting)
+        ]
 
     def estimate(self, card: Card, model: ModelSpec, recorded_rounds: int) -> Estimate:
         """Nothing crosses a wire; weights, gradients and momentum beside the records."""

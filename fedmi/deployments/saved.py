@@ -4,7 +4,7 @@ model.safetensors   the finished model
 transcripts.json    every observation; its payload is a safetensors file in the directory
 confided.json       what each client could tell as a colluder; payloads likewise
 canaries.json       what an audit planted, and its coins: for metrics only
-outcome.json        utility, cost, claims, flags
+outcome.json        utility, cost, claims, flags, and what MPC took
 truth.json          the rows behind each (round, client): for metrics only
 """
 
@@ -25,6 +25,7 @@ from fedmi.exposure.observation import Observation, Transcript
 from fedmi.exposure.opening import Confided
 from fedmi.exposure.payload import StoredTensors, store
 from fedmi.exposure.words import Channel, Position
+from fedmi.mpc.cost import MPCCost
 from fedmi.protections.audit.canaries import GradientCanaries
 
 MODEL, TRANSCRIPTS = "model.safetensors", "transcripts.json"
@@ -50,7 +51,13 @@ def save(outcome: Outcome, directory: Path) -> None:
     _write(
         directory / CONFIDED,
         [
-            {"client": c.client, "round": c.round, "payload": files.path(c.tensors)}
+            {
+                "client": c.client,
+                "round": c.round,
+                "payload": files.path(c.tensors),
+                "position": c.position,
+                "about": list(c.about),
+            }
             for c in outcome.confided
         ],
     )
@@ -62,6 +69,8 @@ def save(outcome: Outcome, directory: Path) -> None:
             "cost": asdict(outcome.cost),
             "claims": [asdict(claim) for claim in outcome.claims],
             "flags": sorted(outcome.flags),
+            "mpc": outcome.mpc.as_json() if outcome.mpc else None,
+            "served": outcome.served.as_json() if outcome.served else None,
         },
     )
     _write(
@@ -97,12 +106,25 @@ def load(directory: Path) -> Outcome:
         cost=Cost(**outcome["cost"]),
         claims=tuple(_claim(claim) for claim in outcome["claims"]),
         flags=frozenset(outcome["flags"]),
-        confided=tuple(
-            Confided(item["client"], item["round"], StoredTensors(directory / item["payload"]))
-            for item in _read(directory / CONFIDED)
-        ),
+        confided=tuple(_confided_in(item, directory) for item in _read(directory / CONFIDED)),
         planted=_planted_in(_read(directory / PLANTED)),
+        mpc=_computed_in(outcome["mpc"]),
+        served=_computed_in(outcome["served"]),
     )
+
+
+def _confided_in(item: dict[str, Any], directory: Path) -> Confided:
+    return Confided(
+        client=item["client"],
+        round=item["round"],
+        tensors=StoredTensors(directory / item["payload"]),
+        position=Position(item["position"]),
+        about=tuple(item["about"]),
+    )
+
+
+def _computed_in(item: dict[str, Any] | None) -> MPCCost | None:
+    return MPCCost.from_json(item) if item else None
 
 
 def _planted_out(planted: Planted) -> dict[str, object]:

@@ -7,19 +7,24 @@ from typing import Protocol
 from torch import Tensor
 
 from fedmi.exposure.observation import Observation, Transcript
+from fedmi.exposure.words import Position
 
 
 @dataclass(frozen=True)
 class Confided:
-    """What one colluding client tells of one round.
+    """What one colluding client, or compute party, tells of one round.
 
     tensors: `update/NAME` the change or gradient it contributed, `weight` its weight in the mean,
     `model/NAME` the global model it was given, `secret/NAME` keys, seeds and shares it holds.
+    Of a compute party, `client` is its rank, `about` the clients of the item that the party holds
+    its own part of, and the tensors are named as in that item.
     """
 
     client: int
     round: int
     tensors: Mapping[str, Tensor]
+    position: Position = Position.CLIENT
+    about: tuple[int, ...] = ()
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below `prefix/`, by the rest of their name."""

@@ -30,6 +30,7 @@ class Position(StrEnum):
     MALICIOUS_SERVER = "malicious_server"
     KEY_HOLDER = "key_holder"
     COMPUTE_PARTY = "compute_party"
+    DEALER = "dealer"
 
 
 class Fact(StrEnum):

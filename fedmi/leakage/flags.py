@@ -87,6 +87,14 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "rounds_skipped": "Some rounds failed and left the model as it was.",
         "clients_lost": "Some clients dropped out of training; the figures are for those that "
         "stayed.",
+        "shares_not_uniform": "The bytes of what one compute party holds failed the test that they "
+        "are uniform: shares that hide what they stand for pass it. Do not trust the sharing.",
+        "fixed_point_gap": "In fixed point under MPC the model came out more than one per cent of "
+        "accuracy away from the same training in floating point; more fraction_bits may help.",
+        "fixed_point_error": "An answer under MPC was further from that of the same model in "
+        "floating point than fixed-point rounding should put it.",
+        "range_overflow": "A number left the range of the fixed-point representation and wrapped "
+        "around, so that what was computed from it is wrong.",
         "few_seeds": "Fewer than three seeds. The interval covers the choice of targets, not "
         "another training run.",
     }

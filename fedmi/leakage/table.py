@@ -185,23 +185,51 @@ def _control(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:
     """The row itself if unprotected; else its unprotected counterpart.
 
     Where a run has several, the one with the same serving regime is preferred, then the first.
+    What has no counterpart there because it exists as shares alone is held against the same attack
+    by a coalition that holds them all.
     """
     if not row.protections:
         return row
-    same = ("scenario", "training", "round", "metric")
+    same = ("scenario", "round", "metric")
     candidates = [
         other
         for other in rows
         if not other.protections
         and (other.position != Position.MALICIOUS_SERVER or row.position == other.position)
         and all(getattr(other, k) == getattr(row, k) for k in same)
+        and _same_training(row, other)
         and alone(other.attack) == alone(row.attack)
         and _same_place(row, other)
     ]
-    return min(candidates, key=lambda other: other.serving != row.serving, default=None)
+    found = min(candidates, key=lambda other: other.serving != row.serving, default=None)
+    return found or _opened(row, rows)
+
+
+def _opened(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:
+    """The row of the largest coalition of compute parties on the same shares."""
+    if row.position not in SHARED_AMONG:
+        return None
+    same = ("scenario", "deployment", "channel", "round", "metric")
+    coalitions = [
+        other
+        for other in rows
+        if other.position == Position.COMPUTE_PARTY
+        and alone(other.attack) == alone(row.attack) != other.attack
+        and all(getattr(other, k) == getattr(row, k) for k in same)
+    ]
+    return max(coalitions, key=lambda other: other.attack, default=None)
+
+
+def _same_training(row: LeakageRow, open_row: LeakageRow) -> bool:
+    """Training under MPC computes what centralized training does."""
+    return open_row.training == row.training or (row.training, open_row.training) == (
+        "smpc",
+        "centralized",
+    )
 
 
 SEALED = (Channel.MASKED_UPDATE, Channel.CIPHERTEXT)
+SHARED_AMONG = (Position.COMPUTE_PARTY, Position.DEALER)
 IN_CLEAR = (Channel.CLIENT_UPDATE, Channel.GRADIENT)
 
 
@@ -209,8 +237,13 @@ def _same_place(row: LeakageRow, open_row: LeakageRow) -> bool:
     """Where the unprotected deployment shows what this one protects.
 
     A sealed update has its counterpart in the update in clear; what only key holders see here, and
-    what a malicious server sees, the curious server sees there.
+    what a malicious server sees, the curious server sees there. Shares of an update stand for the
+    update, shares of a model for the model.
     """
+    if row.position in SHARED_AMONG:
+        model = (Position.MODEL_HOLDER, Channel.GLOBAL_MODEL)
+        update = open_row.position == Position.CURIOUS_SERVER and open_row.channel in IN_CLEAR
+        return update or (open_row.position, open_row.channel) == model
     channels = IN_CLEAR if row.channel in SEALED else (row.channel,)
     servers = (Position.CURIOUS_SERVER, Position.MALICIOUS_SERVER, Position.KEY_HOLDER)
     positions = servers if row.position in servers else (row.position,)

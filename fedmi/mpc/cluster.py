@@ -1,19 +1,33 @@
 """The compute parties of one computation, each a process of its own, and the lines to them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from time import perf_counter
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmi.mpc.engine import Piece, Settings
+from fedmi.mpc.errors import MPCError
+from fedmi.mpc.lines import Frame
+from fedmi.mpc.processes import Asked, Processes
 from fedmi.mpc.program import Program
+from fedmi.mpc.record import read_record
 from fedmi.mpc.scheme import Scheme
+from fedmi.mpc.sharing import Shares, Sharing
 
-Shares = NDArray[np.uint64]
-"""One party's share of an array: [..., scheme.elements] ring elements."""
+if TYPE_CHECKING:
+    from fedmi.mpc.dealer import Dealer
+
+ENGINE_PATIENCE = 30.0
+"""Seconds that an engine waits for a message longer than the caller for an answer."""
+NO_FAULTS: Mapping[int, int] = MappingProxyType({})
+
+__all__ = ["Cluster", "Message", "Shares", "Traffic"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +45,10 @@ class Traffic:
 
     input_bytes: shares from owners. received_bytes: payload of messages from other parties, as its
     relay counted. wire_bytes: the same with framing. engine_bytes: what the engine says the party
-    received. messages: how many. rounds: how often it had to wait for another party's message.
-    dealer_bytes: what it exchanged with the dealer.
+    received while it ran programs; the relay counts besides what the engines send each other when
+    they start (`SETUP_BYTES` of the docs' table: seeds and keys, a few dozen bytes for aby3).
+    messages: how many. rounds: how often it had to wait for another party's message (`Tally`).
+    dealer_bytes: what it exchanged with the dealer, both ways, with framing.
     """
 
     input_bytes: int
@@ -51,33 +67,98 @@ class Cluster:
     program is next (`run`), and for the receiver of an output (`open`); and it has the simulator's own
     line to what each party holds (`held`, `received`), which no party of the deployment has.
     Every method raises MPCError, naming the party, when one has died, sent garbage or does not
-    answer within `timeout_seconds`; the others are stopped then.
+    answer within `timeout_seconds`; the others are stopped then, and nothing is opened any more.
     """
 
     def __init__(
-        self, scheme: Scheme, directory: Path, *, timeout_seconds: float = 120.0, record: bool = True
+        self,
+        scheme: Scheme,
+        directory: Path,
+        *,
+        timeout_seconds: float = 120.0,
+        record: bool = True,
+        ports: Sequence[int] | None = None,
+        garbage_after: Mapping[int, int] = NO_FAULTS,
     ) -> None:
-        """directory: for logs and recorded messages. record: whether messages can be kept."""
-        raise NotImplementedError
+        """directory: for logs and recorded messages. record: whether messages can be kept.
 
-    def __enter__(self) -> Self: ...
+        ports: where the parties listen for each other, by rank; free ones by default.
+        garbage_after: faults to inject, for tests: from a party that it names, peers receive random
+        bytes once so many have come over a connection.
+        Raises ValueError for a scheme that cannot be run.
+        """
+        refusals = scheme.refusals()
+        if refusals:
+            raise ValueError("; ".join(refusals))
+        if ports is not None and len(ports) != scheme.size:
+            raise ValueError(
+                f"ports: {len(ports)} given, one for each of {scheme.size} parties needed"
+            )
+        self.scheme = scheme
+        self._directory = Path(directory)
+        self._seconds = timeout_seconds
+        self._record = record
+        self.ports = list(ports) if ports is not None else [0] * scheme.size
+        self._garbage_after = dict(garbage_after)
+        self._settings = Settings(scheme.protocol, scheme.fraction_bits, scheme.elements)
+        self._sharing = Sharing(self._settings, scheme.size)
+        self._loaded: dict[str, bytes] = {}
+        self._stack = ExitStack()
+        self._processes: Processes | None = None
+        self._dealer: Dealer | None = None
+
+    def __enter__(self) -> Self:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            options = self._deal(stack)
+            self._processes = Processes(self._seconds)
+            stack.callback(self._processes.stop)
+            for rank in range(self.scheme.size):
+                for left in (self._recorded(rank), self._log(rank)):
+                    left.unlink(missing_ok=True)
+                self._processes.start(rank, self._directory / f"party-{rank}.out")
+            self._connect(options)
+            self._stack = stack.pop_all()
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self._stack.close()
 
     def share(self, name: str, values: NDArray[np.float32]) -> None:
-        """An owner splits the array by a cryptographic generator and sends each party its share."""
+        """An owner splits the array by a cryptographic generator and sends each party its share.
+
+        values: any shape. The engine draws the shares: AES-128 in counter use under a seed of the
+        operating system's entropy, new for every array (SPU `mpc/utils/ring_ops.cc`: `ring_rand`
+        under yacl's `SecureRandSeed`). RangeError before anything is sent where a value is not finite
+        or reaches 2^(62 - 2 * fraction_bits): a product with 1 would leave the ring before it is
+        truncated.
+        """
+        shares = self._sharing.split(name, values)
+        self._ask(
+            lambda rank: (
+                {"do": "put", "name": name},
+                [shares[rank].meta, *shares[rank].share_chunks],
+            )
+        )
 
     def select(self, name: str, parts: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Each party, on its own: `name` becomes these rows of these shared variables, one after
         another. Which rows is public."""
+        rows = [(source, [int(row) for row in which]) for source, which in parts]
+        if not any(which for _, which in rows):
+            raise ValueError(f"select {name}: no rows")
+        self._tell({"do": "select", "name": name, "parts": rows})
 
     def load(self, program: Program) -> None:
         """Give all parties the program, once."""
+        if self._loaded.get(program.name) != program.code:
+            self._tell({"do": "load", "program": program.name}, [program.code])
+            self._loaded[program.name] = program.code
 
     def run(
         self,
@@ -87,25 +168,130 @@ class Cluster:
         *,
         record: bool = False,
     ) -> float:
-        """All parties run it on shared variables (default: by the program's own names); seconds.
+        """All parties run it on shared variables (default: by the program's own names); seconds,
+        from the command to the last party's answer.
 
         record: keep the messages of this run, for `received`.
         """
+        if record and not self._record:
+            raise ValueError("record: this cluster was made with record=False")
+        self.load(program)
+        command = {
+            "do": "run",
+            "program": program.name,
+            "inputs": list(inputs or program.inputs),
+            "outputs": list(outputs or program.outputs),
+        }
+        if record:
+            self._keep(True)
+        started = perf_counter()
+        self._tell(command)
+        seconds = perf_counter() - started
+        if record:
+            self._keep(False)
+        return seconds
 
     def open(self, name: str) -> NDArray[np.float32]:
-        """All parties send their shares to the receiver, who adds them up."""
+        """All parties send their shares to the receiver, who adds them up.
+
+        MPCError where the shares differ in shape or kind, or where two parties hold different copies
+        of a replicated element.
+        """
+        try:
+            return self._sharing.combine(name, self._pieces(name))
+        except MPCError as error:
+            self._running.abort(str(error))
+            raise
 
     def delete(self, names: Sequence[str]) -> None:
         """Forget shared variables."""
+        self._tell({"do": "delete", "names": list(names)})
 
     def held(self, name: str) -> list[Shares]:
-        """Aside: each party's share of the variable, by rank."""
+        """Aside: each party's share of the variable, by rank; [..., scheme.elements].
+
+        aby3: party i's elements are x_i and x_{i+1 mod 3} of x = x_0 + x_1 + x_2 mod 2^64; semi2k,
+        cheetah: x is the sum over parties. Fixed point: the signed value / 2^fraction_bits. ValueError
+        for a variable that is not shared additively (a truth value is shared bit by bit).
+        """
+        return [
+            piece.checked(name, self._settings).ring(self.scheme.elements)
+            for piece in self._pieces(name)
+        ]
 
     def received(self) -> list[tuple[Message, ...]]:
         """Aside: the recorded messages of each party, by rank, in order of arrival."""
+        return [
+            tuple(Message(*each) for each in read_record(self._recorded(rank)))
+            for rank in range(self.scheme.size)
+        ]
 
     def dealt(self) -> tuple[Mapping[str, object], ...]:
         """Aside: what the dealer saw, request by request; empty where there is none."""
+        return tuple(self._dealer.log()) if self._dealer is not None else ()
 
     def traffic(self) -> list[Traffic]:
         """By rank."""
+        return [
+            Traffic(**{key: int(str(frame.header[key])) for key in Traffic.__dataclass_fields__})
+            for frame in self._tell({"do": "traffic"})
+        ]
+
+    def _deal(self, stack: ExitStack) -> dict[str, object] | None:
+        """Start the dealer, where the scheme has one; the engine's options for it."""
+        if not self.scheme.has_dealer:
+            return None
+        from fedmi.mpc.dealer import Dealer
+
+        self._dealer = stack.enter_context(Dealer(self._directory / "dealer"))
+        return dict(self._dealer.config())
+
+    def _connect(self, dealer: dict[str, object] | None) -> None:
+        """Let every party listen, tell all where, and wait until they have found each other."""
+        frames = self._ask(lambda rank: ({"do": "listen", "port": self.ports[rank]}, ()))
+        self.ports = [int(str(frame.header["port"])) for frame in frames]
+        common = {
+            "do": "connect",
+            "hosts": [f"127.0.0.1:{port}" for port in self.ports],
+            "protocol": self.scheme.protocol,
+            "fraction_bits": self.scheme.fraction_bits,
+            "elements": self.scheme.elements,
+            "dealer": dealer,
+            "recv_timeout_ms": int(1000 * (self._seconds + ENGINE_PATIENCE)),
+        }
+        self._ask(
+            lambda rank: (
+                {
+                    **common,
+                    "log": str(self._log(rank)),
+                    "garbage_after": self._garbage_after.get(rank),
+                },
+                (),
+            )
+        )
+
+    def _keep(self, on: bool) -> None:
+        self._ask(
+            lambda rank: ({"do": "record", "path": str(self._recorded(rank)) if on else None}, ())
+        )
+
+    def _pieces(self, name: str) -> list[Piece]:
+        return [Piece(*frame.blobs) for frame in self._tell({"do": "get", "name": name})]
+
+    def _recorded(self, rank: int) -> Path:
+        return self._directory / f"party-{rank}.received"
+
+    def _log(self, rank: int) -> Path:
+        return self._directory / f"party-{rank}.log"
+
+    @property
+    def _running(self) -> Processes:
+        if self._processes is None:
+            raise MPCError("the parties have not been started; use `with Cluster(...) as cluster`")
+        return self._processes
+
+    def _ask(self, make: Asked) -> list[Frame]:
+        return self._running.ask(make)
+
+    def _tell(self, header: Mapping[str, object], blobs: Sequence[bytes] = ()) -> list[Frame]:
+        return self._running.ask(lambda rank: (header, blobs))

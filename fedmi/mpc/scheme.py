@@ -25,7 +25,9 @@ class Scheme(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     protocol: Protocol = Field(default="aby3", description="how numbers are shared and multiplied")
-    parties: int = Field(default=0, ge=0, le=8, description="compute parties; 0 = as few as it takes")
+    parties: int = Field(
+        default=0, ge=0, le=8, description="compute parties; 0 = as few as it takes"
+    )
     fraction_bits: int = Field(
         default=18, ge=8, le=26, description="bits after the binary point, of the 64 of the ring"
     )

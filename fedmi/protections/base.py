@@ -245,6 +245,8 @@ class Collected:
     mean: the weighted mean of the updates of `clients` (ascending). examples: what they said they
     trained on. failed: client -> why its update is not in the mean ("no reply" where it was lost).
     flags: evidence flags. error_bound: no entry of `mean` is further than this from the exact mean.
+    weight: the sum of their weights, where nobody says `examples`. side_bytes: (up, down) on lines
+    beside the grid, which counts the rest.
     """
 
     mean: Tensors
@@ -253,6 +255,18 @@ class Collected:
     failed: Mapping[int, str] = field(default_factory=dict)
     flags: frozenset[str] = field(default_factory=frozenset)
     error_bound: float = 0.0
+    weight: float = 0.0
+    side_bytes: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class PartySeen:
+    """What one compute party of a transport received from one client in a round."""
+
+    party: int
+    client: int
+    payload: Tensors
+    wire_bytes: int
 
 
 class RoundAbortedError(RuntimeError):
@@ -308,6 +322,13 @@ class TransportServer(ABC):
         Raises RoundAbortedError.
         """
 
+    def party_views(self) -> Sequence[PartySeen]:
+        """Aside: what each compute party received from each client in the latest round."""
+        return ()
+
+    def close(self) -> None:  # noqa: B027
+        """Training is over: stop what was started; by default nothing was."""
+
 
 class Transport(Protection):
     """Decides what crosses between a client and the server."""
@@ -317,6 +338,11 @@ class Transport(Protection):
     """on which the server sees a single client's message"""
     server_sees_aggregate: ClassVar[bool] = True
     """whether the server ends up with the mean in clear, and so with the global models"""
+
+    @property
+    def compute_parties(self) -> int:
+        """How many parties beside the server add up shares; 0 where none do."""
+        return 0
 
     @property
     def seals_everything(self) -> bool:

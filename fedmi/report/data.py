@@ -12,6 +12,7 @@ from fedmi.exposure.knowledge import View
 from fedmi.leakage.files import rows_of
 from fedmi.leakage.row import LeakageRow
 from fedmi.leakage.trial import MetricInfo
+from fedmi.mpc.cost import MPCCost
 
 Image = NDArray[np.float32]
 
@@ -24,6 +25,15 @@ class Beside:
     name: str
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Secured:
+    """What MPC took in one deployment, a cost a seed; phase: training or serving."""
+
+    deployment: str
+    phase: str
+    costs: tuple[MPCCost, ...]
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,8 @@ class ReportData:
     question: what the scenario asks, a sentence. dataset: what the data are, with source and
     licence. metrics: in order of importance; the first an attack has is its headline.
     judge_accuracy: the evaluator's held-out accuracy by seed. environment: names to values or to
-    further names and values. beside: by deployment, what crossed in clear with updates. notes:
-    sentences printed under the answer.
+    further names and values. beside: by deployment, what crossed in clear with updates. secured:
+    what was computed under MPC. notes: sentences printed under the answer.
     """
 
     scenario: str
@@ -79,6 +89,7 @@ class ReportData:
     metrics: tuple[MetricInfo, ...]
     views: Mapping[str, tuple[View, ...]]
     beside: Mapping[str, tuple[Beside, ...]] = field(default_factory=dict)
+    secured: tuple[Secured, ...] = ()
     panels: tuple[Panel, ...] = ()
     judge_accuracy: Mapping[int, float] | None = None
     notes: tuple[str, ...] = ()

@@ -7,11 +7,14 @@ from markupsafe import Markup
 
 from fedmi.leakage.flags import explain, name_of
 from fedmi.leakage.row import LeakageRow, split
+from fedmi.mpc.profiles import PROFILES
 from fedmi.report import plots, words
 from fedmi.report.best import Spot, cells, headlines
 from fedmi.report.data import Panel, ReportData
 from fedmi.report.images import data_uri
 from fedmi.report.matrix import all_spots, deployments, grouped, matrices, sees
+from fedmi.report.mpc import section
+from fedmi.report.mpc_costs import COMPUTED
 
 KINDS = ("private", "reconstruction", "prior_only")
 _PANEL = ("deployment", "position", "channel", "attack", "seed")
@@ -37,6 +40,9 @@ def render(report: ReportData) -> str:
         who_sees=_who_sees(report),
         protections=_protections(report),
         matrices=matrices(report),
+        mpc=section(report),
+        computed=COMPUTED,
+        networks=[profile.title for profile in PROFILES],
         headline_metrics={row.metric for row in headlines(report.rows, _kinds(report))},
         grouped=grouped,
         panels=_panels(report),

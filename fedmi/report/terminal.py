@@ -14,6 +14,9 @@ from fedmi.leakage.flags import name_of
 from fedmi.leakage.row import LeakageRow, split
 from fedmi.leakage.trial import MetricInfo
 from fedmi.report.best import headlines
+from fedmi.report.data import Secured
+from fedmi.report.mpc import opening
+from fedmi.report.mpc_costs import said
 from fedmi.report.words import by, claim, duration, interval, number, reason, size, verdict
 
 STYLES = {"leak": "bold red", "failed": "magenta", "below prior": "dim", "not shown": "dim"}
@@ -43,6 +46,17 @@ def leakage_table(frame: pd.DataFrame, metrics: Sequence[MetricInfo]) -> Table:
         table.add_row(*_cells(row, units.get(row.metric, ""), codes))
         previous = row.deployment
     return table
+
+
+def secured_text(secured: Sequence[Secured]) -> Text:
+    """What MPC took and who can open it, to go under the table."""
+    lines = ["MPC: seconds are of this machine, all parties on it; LAN and WAN are computed."]
+    lines += [f"  {said(item)}." for item in secured]
+    lines.append(
+        f"  Everything is opened by {opening(secured)}. What is opened on purpose, model and "
+        "answers, tells what it would tell without MPC. A party that lies is not noticed."
+    )
+    return Text("\n".join(lines))
 
 
 def _deployment(rows: Sequence[LeakageRow]) -> Text:

@@ -4,18 +4,19 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmi.attacks.base import Attack
 from fedmi.data.records import Ints, Split
 from fedmi.data.truth import Truth
-from fedmi.deployments.base import Outcome, Planted, Steps
+from fedmi.deployments.base import Deployment, Outcome, Planted, Steps
 from fedmi.exposure.claim import PrivacyClaim
 from fedmi.exposure.knowledge import Knowledge, Target, View
-from fedmi.exposure.observation import Transcript
-from fedmi.exposure.opening import Confided
+from fedmi.exposure.observation import Observation, Transcript
+from fedmi.exposure.opening import Confided, Opened, Opener
+from fedmi.exposure.recipe import Recipe
 from fedmi.exposure.seeding import Seed
-from fedmi.exposure.words import PER_ROUND, Fact
+from fedmi.exposure.words import Fact, Position
 from fedmi.runs.training import split_of
 from fedmi.scenario.cells import AttackCell, TrainingCell
 
@@ -41,8 +42,12 @@ def targets_of(
     found = attack.own_targets(transcript)
     if attack.recovers == "membership":
         return tuple(t for t in found or () if t.id in coins_of(outcome.planted)), {}
-    if attack.channel not in PER_ROUND:
-        return tuple(Target(f"class {label}", label=label) for label in range(classes)), {}
+    if attack.inverts_classes:
+        found = tuple(Target(f"class {label}", label=label) for label in range(classes))
+        parties = _parties(attack, outcome, seed)
+        return found, {target.id: parties for target in found} if attack.colluders else {}
+    if found is None and attack.position == Position.DEALER:
+        found = tuple(batch(at, (who,)) for at, who in sorted(outcome.used) if at in attack.rounds)
     if found is None:
         found = tuple(
             batch(seen.round, seen.clients) for seen in transcript.on(attack.channel, attack.rounds)
@@ -98,7 +103,10 @@ def _coalition(
     attack: Attack, target: Target, transcript: Transcript, outcome: Outcome, seed: Seed
 ) -> tuple[Target, tuple[Confided, ...]]:
     """The target left by so many colluders, drawn at random, and what they tell."""
-    here = {c.client: c for c in outcome.confided if c.round == target.round}
+    if attack.position == Position.COMPUTE_PARTY:
+        return target, _parties(attack, outcome, seed)
+    clients = [c for c in outcome.confided if c.position == Position.CLIENT]
+    here = {c.client: c for c in clients if c.round == target.round}
     if len(target.clients) == 1:
         others = sorted(set(here) - set(target.clients))
         members = _drawn(others, min(attack.colluders, len(others)), seed.child(target.id))
@@ -107,6 +115,14 @@ def _coalition(
     members = _drawn(list(target.clients), most, seed.child(target.id))
     rest = tuple(client for client in target.clients if client not in members)
     return batch(target.round or 0, rest), tuple(here[client] for client in members)
+
+
+def _parties(attack: Attack, outcome: Outcome, seed: Seed) -> tuple[Confided, ...]:
+    """All that so many other compute parties, drawn at random, hold their part of."""
+    held = [c for c in outcome.confided if c.position == Position.COMPUTE_PARTY]
+    ranks = sorted({c.client for c in held})
+    members = _drawn(ranks, min(attack.colluders, len(ranks)), seed.child("compute parties"))
+    return tuple(c for c in held if c.client in members)
 
 
 def _drawn(clients: Sequence[int], count: int, seed: Seed) -> tuple[int, ...]:
@@ -160,9 +176,20 @@ def knowledge_of(
         else {},
         canary_records=_planted_records(split, outcome.planted) if Fact.CANARIES in facts else None,
         colluders={t.id: coalition[t.id] for t in targets if t.id in coalition},
-        opener=deployment.opener(network, recipe) if Fact.LOCAL_TRAINING in facts else None,
+        opener=_opener(deployment, network, recipe) if Fact.ARCHITECTURE in facts else None,
         protections=deployment.protection_kinds if Fact.LOCAL_TRAINING in facts else (),
     )
+
+
+def _opener(deployment: Deployment, network: nn.Module, recipe: Recipe) -> Opener | None:
+    """Of what crosses while it trains, or else of what it is served from."""
+    ways = [w for w in (deployment.opener(network, recipe), deployment.serving.opener()) if w]
+
+    def first(seen: Observation, transcript: Transcript, told: Sequence[Confided]) -> Opened | None:
+        opened = (way(seen, transcript, told) for way in ways)
+        return next((found for found in opened if found is not None), None)
+
+    return first if ways else None
 
 
 def _labels(truth: Truth, targets: tuple[Target, ...], facts: frozenset[Fact]) -> dict[str, Tensor]:
@@ -187,6 +214,8 @@ def granted_examples(outcome: Outcome, targets: tuple[Target, ...]) -> dict[str,
         for seen in transcript.observations:
             if len(seen.clients) == 1 and "num_examples" in seen.clear:
                 told[seen.round, seen.clients[0]] = seen.clear["num_examples"]
+    used = {at: float(len(rows)) for at, rows in outcome.used.items()}
+    told = used | told
     return {t.id: round(sum(told[t.round or 0, c] for c in t.clients)) for t in targets}
 
 

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -11,11 +13,10 @@ from torch import Tensor
 from fedmi.attacks.base import Attack, Case, Reconstruction
 from fedmi.attacks.membership.canary_audit import CanaryAudit
 from fedmi.attacks.membership.one_run_audit import OneRunAudit
-from fedmi.data.records import Split
 from fedmi.data.truth import Truth, sealed
 from fedmi.deployments import saved
 from fedmi.deployments.base import Outcome
-from fedmi.deployments.serving.exact import service
+from fedmi.deployments.serving.base import Trained
 from fedmi.exposure.claim import PrivacyClaim
 from fedmi.exposure.knowledge import Target
 from fedmi.exposure.observation import Transcript
@@ -83,27 +84,29 @@ def assault(
     """Run the attack on what `training` exposed; the ground truth stays closed meanwhile."""
     outcome = saved.load(directory.cell(training.key))
     split = training_split(training)
-    transcript = seen_by(cell, training, outcome, split)
+    recorded = outcome.transcripts.get(cell.attack.position, Transcript(cell.attack.position))
     drawn = Seed.root(training.seed)
-    available, told = targets_of(cell.attack, transcript, outcome, split.classes, drawn)
+    available, told = targets_of(cell.attack, recorded, outcome, split.classes, drawn)
     targets = chosen(available, cell.attack.max_targets, drawn)
     knowledge = knowledge_of(cell, training, outcome, split, targets, told)
     guessing = untrained(training, outcome, split, targets)
     short = short_of(cell.attack, targets, told)
+    trained = Trained(outcome.state, training.model, split.private.shape, split.classes)
     del outcome, split
     seed = Seed.root(training.seed).child("deployment", training.deployment.name)
     own = seed.child("attack", cell.attack.title).sealed
-    case = Case(transcript, knowledge, targets, own, progress)
-    start = time.monotonic()
     if not targets:
         raise ValueError(
             f"{cell.attack.kind} finds nothing to attack on {cell.attack.channel} of rounds "
             f"{list(cell.attack.rounds)}: no client's update counted there, or none was planted "
             "or altered"
         )
-    with sealed():
-        reconstructions = cell.attack.reconstruct(case)
-    seconds = time.monotonic() - start
+    with seen_by(cell, training, trained, recorded) as transcript:
+        case = Case(transcript, knowledge, targets, own, progress)
+        start = time.monotonic()
+        with sealed():
+            reconstructions = cell.attack.reconstruct(case)
+        seconds = time.monotonic() - start
     if [item.target for item in reconstructions] != list(targets):
         raise ValueError(f"{cell.attack.kind} did not answer for each of its targets in order")
     queries = transcript.service.queries if transcript.service else 0
@@ -170,14 +173,20 @@ def _told(
         yield f"audit_weak: a sound mechanism at the claim would show about {sound:.2g}"
 
 
-def seen_by(cell: AttackCell, training: TrainingCell, outcome: Outcome, split: Split) -> Transcript:
+@contextmanager
+def seen_by(
+    cell: AttackCell, training: TrainingCell, trained: Trained, recorded: Transcript
+) -> Iterator[Transcript]:
     """The transcript of the attack's position, with the door of the service where it asks one."""
     position, channel = cell.attack.position, cell.attack.channel
-    recorded = outcome.transcripts.get(position, Transcript(position))
     if channel not in SERVED:
-        return recorded
-    door = service(outcome.state, training.model, split.private.shape, split.classes, channel)
-    return Transcript(position, (), door)
+        yield recorded
+        return
+    with (
+        TemporaryDirectory(prefix="fedmi-served-") as scratch,
+        training.deployment.serving.door(trained, channel, Path(scratch)) as service,
+    ):
+        yield Transcript(position, (), service)
 
 
 def score(

@@ -15,6 +15,7 @@ from fedmi.leakage.files import write_frame
 from fedmi.leakage.table import costs_frame, leakage_frame, scores_frame
 from fedmi.leakage.trial import MetricInfo, Score, Trial
 from fedmi.metrics.base import Metric
+from fedmi.report.data import Secured
 from fedmi.runs.aims import claims_for
 from fedmi.runs.directory import RunDirectory, read_marker
 from fedmi.runs.report import report_data, write_report
@@ -25,7 +26,10 @@ NOT_RUN = "not run yet: the run was interrupted; the same command finishes it"
 
 @dataclass(frozen=True)
 class Results:
-    """The run directory and its tables; `failures` has one line a failed cell."""
+    """The run directory and its tables; `failures` has one line a failed cell.
+
+    secured: what was computed under MPC, and what it took.
+    """
 
     directory: Path
     leakage: pd.DataFrame
@@ -33,6 +37,7 @@ class Results:
     metrics: tuple[MetricInfo, ...]
     failures: tuple[str, ...]
     interrupted: bool
+    secured: tuple[Secured, ...] = ()
 
 
 def publish(
@@ -58,7 +63,7 @@ def publish(
     lines = tuple(
         f"{t.attack} on {t.deployment}, seed {t.seed}: {t.failure}" for t in trials if t.failure
     )
-    return Results(directory.path, leakage, scores, metrics, lines, interrupted)
+    return Results(directory.path, leakage, scores, metrics, lines, interrupted, data.secured)
 
 
 def _kept_failures(directory: RunDirectory) -> dict[str, str]:
@@ -90,8 +95,8 @@ def trial_of(
         scenario=scenario,
         deployment=cell.deployment_title,
         training=training.deployment.training,
-        serving=training.deployment.serving,
-        protections=training.deployment.protected_by,
+        serving=training.deployment.serving.title,
+        protections=training.deployment.protections_in_all,
         position=cell.attack.position,
         channel=cell.attack.channel,
         attack=cell.attack_title,

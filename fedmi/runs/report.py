@@ -18,7 +18,8 @@ from fedmi.exposure.words import Position
 from fedmi.leakage.trial import MetricInfo
 from fedmi.metrics.base import Matched
 from fedmi.metrics.matching import match
-from fedmi.report.data import Beside, Image, Panel, PanelRow, ReportData
+from fedmi.mpc.cost import MPCCost
+from fedmi.report.data import Beside, Image, Panel, PanelRow, ReportData, Secured
 from fedmi.report.figures import figures
 from fedmi.report.html import render
 from fedmi.runs.directory import RunDirectory, read_marker, replace_text
@@ -59,6 +60,7 @@ def report_data(
         metrics=metrics,
         views={c.deployment_title: c.training.deployment.views() for c in todo.attacks},
         beside=beside(todo, directory),
+        secured=secured(todo, directory),
         panels=tuple(panels(todo, directory)),
         judge_accuracy={
             judge.seed: read_marker(directory.cell(judge.key))["accuracy"]
@@ -93,6 +95,20 @@ def _collect(transcript: Transcript, values: dict[tuple[str, str], list[float]])
         if len(seen.clients) == 1:
             for name, value in seen.clear.items():
                 values.setdefault((seen.channel, name), []).append(value)
+
+
+def secured(todo: Plan, directory: RunDirectory) -> tuple[Secured, ...]:
+    """What training and serving under MPC took, by deployment, over all seeds that finished."""
+    found: dict[tuple[str, str], list[MPCCost]] = {}
+    trainings = {cell.training.key: cell for cell in todo.attacks}
+    for key, cell in trainings.items():
+        if not directory.finished(key):
+            continue
+        outcome = saved.load(directory.cell(key))
+        for phase, cost in (("training", outcome.mpc), ("serving", outcome.served)):
+            if cost is not None:
+                found.setdefault((cell.deployment_title, phase), []).append(cost)
+    return tuple(Secured(title, phase, tuple(costs)) for (title, phase), costs in found.items())
 
 
 def panels(todo: Plan, directory: RunDirectory) -> Iterator[Panel]:

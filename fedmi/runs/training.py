@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fedmi.data.records import Split
 from fedmi.deployments import saved
-from fedmi.deployments.base import Job
+from fedmi.deployments.base import Job, Outcome
+from fedmi.deployments.serving.base import Trained
+from fedmi.exposure.observation import Transcript
 from fedmi.exposure.payload import StoredTensors, store
 from fedmi.exposure.seeding import Seed
 from fedmi.metrics.judge import Judge, train_judge
@@ -48,9 +51,29 @@ def train(cell: TrainingCell, directory: RunDirectory, workers: int) -> None:
             workers=workers,
             progress=told(scratch),
         )
-        outcome = cell.deployment.train(job)
+        outcome = in_service(cell, cell.deployment.train(job), job)
         saved.save(outcome, scratch)
         marker["seconds"] = outcome.cost.seconds
+
+
+def in_service(cell: TrainingCell, outcome: Outcome, job: Job) -> Outcome:
+    """The outcome with what putting the model into service showed."""
+    shape, classes = job.split.private.shape, job.split.classes
+    trained = Trained(outcome.state, job.model, shape, classes)
+    seen = cell.deployment.serving.rehearse(
+        trained, job.split, job.directory / "served", job.confide
+    )
+    transcripts = dict(outcome.transcripts)
+    for item in seen.observations:
+        before = transcripts.get(item.position, Transcript(item.position))
+        transcripts[item.position] = replace(before, observations=(*before.observations, item))
+    return replace(
+        outcome,
+        transcripts=transcripts,
+        confided=(*outcome.confided, *seen.confided),
+        served=seen.cost,
+        flags=outcome.flags | seen.flags,
+    )
 
 
 def audit_seed(cell: TrainingCell) -> Seed:

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fedmi.attacks.base import Attack
 from fedmi.data.dataset import Card
-from fedmi.deployments.base import Estimate
+from fedmi.deployments.base import Deployment, Estimate
+from fedmi.exposure.words import Position
 from fedmi.scenario.cells import AttackCell, Plan, TrainingCell
 from fedmi.scenario.threat import view
 
@@ -27,7 +29,8 @@ class Sight:
 class Training:
     """One deployment as it will be trained: seeds and twins train the same and are counted.
 
-    estimate: of one training.
+    estimate: of one training. parties: how many compute on shares, training or serving; 0 where
+    none do.
     """
 
     title: str
@@ -36,11 +39,16 @@ class Training:
     recorded_rounds: tuple[int, ...]
     protections: tuple[str, ...]
     estimate: Estimate
+    parties: int = 0
 
 
 @dataclass(frozen=True)
 class Assault:
-    """One attack on one deployment. granted: facts that the scenario gives it."""
+    """One attack on one deployment.
+
+    granted: facts that the scenario gives it. coalition: who the adversary is together, in words;
+    empty where it is alone.
+    """
 
     attack: str
     deployment: str
@@ -49,6 +57,7 @@ class Assault:
     granted: tuple[str, ...]
     metrics: tuple[str, ...]
     seeds: int
+    coalition: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,9 @@ def _trainings(plan: Plan, titles: dict[str, str]) -> Iterator[Training]:
             kind=one.deployment.kind,
             trainings=len(cells),
             recorded_rounds=one.record,
-            protections=one.deployment.protected_by,
+            protections=one.deployment.protections_in_all,
             estimate=one.deployment.estimate(one.data.card(), one.model, len(one.record)),
+            parties=parties(one.deployment),
         )
 
 
@@ -151,7 +161,21 @@ def _assaults(plan: Plan) -> Iterator[Assault]:
             granted=tuple(sorted(one.attack.knowledge)),
             metrics=tuple(metric.kind for metric in one.metrics),
             seeds=len(cells),
+            coalition=_coalition(one.attack, one.training.deployment),
         )
+
+
+def parties(deployment: Deployment) -> int:
+    """How many compute on shares, while it trains or while it serves; 0 where none do."""
+    return max(deployment.compute_parties, deployment.serving.compute_parties)
+
+
+def _coalition(attack: Attack, deployment: Deployment) -> str:
+    """Compute parties that put together what they hold, or clients that tell what they know."""
+    count = attack.colluders
+    if attack.position == Position.COMPUTE_PARTY:
+        return f"{count + 1} of {parties(deployment)} compute parties"
+    return f"with {count} client{'s' * (count > 1)}" if count else ""
 
 
 def _cells(plan: Plan, titles: dict[str, str]) -> Iterator[Cell]:

@@ -6,11 +6,18 @@ from fedmi.attacks.base import Attack
 from fedmi.data.dataset import Card
 from fedmi.deployments.base import Deployment
 from fedmi.exposure.knowledge import View
-from fedmi.exposure.words import PER_ROUND, Fact, Position
+from fedmi.exposure.words import PER_ROUND, Channel, Fact, Position
 from fedmi.scenario.errors import choice, listed
 from fedmi.scenario.schema import Scenario
 
-COALITIONS = frozenset({Position.CURIOUS_SERVER, Position.MALICIOUS_SERVER, Position.CLIENT})
+COALITIONS = frozenset(
+    {
+        Position.CURIOUS_SERVER,
+        Position.MALICIOUS_SERVER,
+        Position.CLIENT,
+        Position.COMPUTE_PARTY,
+    }
+)
 
 
 def view(attack: Attack, deployment: Deployment) -> View | None:
@@ -31,7 +38,10 @@ def problems(scenario: Scenario, card: Card) -> list[str]:
     found += _architecture(scenario, card) or list(_untrainable(scenario, card))
     for attack in scenario.attack:
         place = f'[[attack]] "{attack.title}"'
-        checks = (_channel, _targets, _grants, _facts, _rounds, _scores, _coalition, _planted)
+        checks = (
+            *(_channel, _shares, _targets, _grants),
+            *(_facts, _rounds, _scores, _coalition, _planted),
+        )
         found += [f"{place} {text}" for check in checks for text in check(attack, scenario)]
     return found
 
@@ -93,6 +103,16 @@ def _sight(deployment: Deployment) -> str:
     return listed([f"{seen.position} sees {seen.channel}" for seen in deployment.views()])
 
 
+def _shares(attack: Attack, _scenario: Scenario) -> Iterator[str]:
+    """What a server passes on in SecAgg+ are shares of keys."""
+    holders = frozenset({Position.COMPUTE_PARTY, Position.DEALER})
+    if attack.channel == Channel.SHARE and attack.position not in holders:
+        yield (
+            f'position = "{attack.position}" holds no shares of records, updates or models on '
+            f'channel "share", at most of keys; those who do: {_words(holders)}'
+        )
+
+
 def _grants(attack: Attack, _scenario: Scenario) -> Iterator[str]:
     useful = attack.needs | attack.uses | attack.required_facts
     if idle := attack.knowledge - useful:
@@ -139,6 +159,9 @@ def _coalition(attack: Attack, scenario: Scenario) -> Iterator[str]:
     """Colluders where nobody can collude, or more of them than there are others."""
     if not attack.colluders:
         return
+    if attack.position == Position.COMPUTE_PARTY:
+        yield from _parties(attack, scenario)
+        return
     if attack.position not in COALITIONS:
         yield (
             f"colluders = {attack.colluders}, but {attack.position} forms no coalition with "
@@ -149,6 +172,17 @@ def _coalition(attack: Attack, scenario: Scenario) -> Iterator[str]:
         others = clients - 1 if isinstance(clients, int) else 0
         if applies(attack, deployment) and attack.colluders > others:
             yield f'colluders = {attack.colluders}, but "{deployment.name}" has {others} others'
+
+
+def _parties(attack: Attack, scenario: Scenario) -> Iterator[str]:
+    """More colluding compute parties than there are others."""
+    for deployment in scenario.deployment:
+        parties = max(deployment.compute_parties, deployment.serving.compute_parties)
+        if applies(attack, deployment) and attack.colluders > parties - 1:
+            yield (
+                f'colluders = {attack.colluders}, but "{deployment.name}" has {parties} compute '
+                f"parties, so {parties - 1} others"
+            )
 
 
 def _planted(attack: Attack, scenario: Scenario) -> Iterator[str]:

@@ -13,7 +13,8 @@ from fedmi.attacks.engine.protected import unanswered
 from fedmi.exposure.knowledge import Target
 from fedmi.exposure.observation import Observation
 from fedmi.exposure.recipe import LocalWork
-from fedmi.exposure.words import Channel, Fact
+from fedmi.exposure.words import Channel, Fact, Position
+from fedmi.mpc.opening import RECORDS
 
 UPDATES = frozenset({Channel.GRADIENT, Channel.CLIENT_UPDATE, Channel.AGGREGATE}) | sealed.SEALED
 
@@ -117,6 +118,8 @@ def evidence_of(
 
 def _evidence(case: Case, target: Target, channel: Channel, names: tuple[str, ...]) -> Evidence:
     seen = observation_of(case, target, channel)
+    if channel == Channel.SHARE:
+        _check_shares(seen)
     told = coalition.told_in(case, target)
     try:
         base, flags = coalition.starting_model(case.transcript, seen, told)
@@ -130,6 +133,20 @@ def _evidence(case: Case, target: Target, channel: Channel, names: tuple[str, ..
         seen, support, found = sealed.unsealed(case, seen, base, told, names)
         flags |= found
     return evidence_of(case, target, seen, base, names, support, flags)
+
+
+def _check_shares(seen: Observation) -> None:
+    """AttackError unless these are one compute party's shares of an update."""
+    if seen.position != Position.COMPUTE_PARTY:
+        raise AttackError(
+            f"what {seen.position} sees on channel 'share' are shares of keys; shares of updates "
+            'are seen by position = "compute_party"'
+        )
+    if RECORDS[0] in seen.payload:
+        raise AttackError(
+            f"clients {list(seen.clients)} shared their records, not an update: use "
+            "'share_reconstruction'"
+        )
 
 
 def observation_of(case: Case, target: Target, channel: Channel) -> Observation:

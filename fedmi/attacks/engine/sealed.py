@@ -11,7 +11,7 @@ from fedmi.exposure.observation import Observation
 from fedmi.exposure.opening import Confided, Opened
 from fedmi.exposure.words import Channel
 
-SEALED = frozenset({Channel.MASKED_UPDATE, Channel.CIPHERTEXT})
+SEALED = frozenset({Channel.MASKED_UPDATE, Channel.CIPHERTEXT, Channel.SHARE})
 RAW = "sealed_read_raw"
 Unsealed = tuple[Observation, Mapping[str, Tensor] | None, frozenset[str]]
 """the item as if it had crossed in clear, which of its entries were seen, flags"""

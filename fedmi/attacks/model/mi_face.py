@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from fedmi.attacks.base import Attack, Case, Reconstruction
+from fedmi.attacks.engine.shared import model_state
 from fedmi.attacks.model.costs import CostName, Reader, Smoothed, WhiteBox
 from fedmi.attacks.model.descent import Descent, Rule, descend
 from fedmi.attacks.model.differences import (
@@ -21,6 +22,8 @@ from fedmi.attacks.model.differences import (
 from fedmi.attacks.model.starts import StartName, start_images
 from fedmi.exposure.knowledge import Target
 from fedmi.exposure.words import Channel, Fact
+
+WHITE_BOX = frozenset({Channel.GLOBAL_MODEL, Channel.SHARE})
 
 
 class MIFace(Attack):
@@ -42,6 +45,8 @@ class MIFace(Attack):
     plateau: `cost = "cross_entropy"`, -log f_label, and `init = "grey"`.
 
     Channel `global_model` (white box): exact slopes; needs the fact `architecture`.
+    Channel `share` (white box): the same on a model that compute parties hold in shares, opened if
+    the coalition suffices; else their shares are read as weights (flag `sealed_read_raw`).
     Channel `predictions` (black box): slopes by differences of the probabilities that the service
     answers; a reading of one class costs 1 + 2k queries (1 + k forward), k = C H W for `pixels`,
     about C H W / block^2 for `blocks`, and `draws` for `signs`.
@@ -79,13 +84,17 @@ class MIFace(Attack):
         "Fredrikson, Jha, Ristenpart: Model Inversion Attacks that Exploit Confidence "
         "Information and Basic Countermeasures, CCS 2015"
     )
-    channels: ClassVar[frozenset[Channel]] = frozenset({Channel.GLOBAL_MODEL, Channel.PREDICTIONS})
+    channels: ClassVar[frozenset[Channel]] = WHITE_BOX | {Channel.PREDICTIONS}
     uses: ClassVar[frozenset[Fact]] = frozenset({Fact.ARCHITECTURE, Fact.PUBLIC_DATA})
 
     @property
     def required_facts(self) -> frozenset[Fact]:
-        facts = {Fact.ARCHITECTURE} if self.channel == Channel.GLOBAL_MODEL else set()
+        facts = {Fact.ARCHITECTURE} if self.channel in WHITE_BOX else set()
         return frozenset(facts | ({Fact.PUBLIC_DATA} if self.init == "public_mean" else set()))
+
+    @property
+    def inverts_classes(self) -> bool:
+        return True
 
     def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
         labels = torch.tensor([_label(target, case) for target in case.targets])
@@ -93,21 +102,29 @@ class MIFace(Attack):
         start = start_images(
             self.init, case.knowledge, [seed.child("start").torch() for seed in seeds]
         )
-        reader = self._reader(case, labels, [seed.child("probes").torch() for seed in seeds])
+        probes = [seed.child("probes").torch() for seed in seeds]
+        reader, flags = self._reader(case, labels, probes)
         if self.total_variation:
             reader = Smoothed(reader, self.total_variation)
         rule = Rule(self.alpha, self.beta, self.gamma, self.learning_rate)
         process = _denoise if self.process == "denoise" else torch.Tensor.contiguous
         found = descend(reader, start, rule, process, case.progress)
-        return tuple(_reconstruction(*pair, found) for pair in enumerate(case.targets))
+        return tuple(_reconstruction(*pair, found, flags) for pair in enumerate(case.targets))
 
-    def _reader(self, case: Case, labels: Tensor, generators: list[torch.Generator]) -> Reader:
-        if self.channel == Channel.GLOBAL_MODEL:
-            if case.knowledge.build is None:
-                raise LookupError('mi_face on "global_model" needs the fact "architecture"')
-            model = case.knowledge.build()
-            model.load_state_dict(dict(case.transcript.final_model()))
-            return WhiteBox(model, labels, self.cost)
+    def _reader(
+        self, case: Case, labels: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Reader, frozenset[str]]:
+        """(what the descent reads, flags of where it comes from)."""
+        if self.channel not in WHITE_BOX:
+            return self._black_box(case, labels, generators), frozenset()
+        if case.knowledge.build is None:
+            raise LookupError(f'mi_face on "{self.channel}" needs the fact "architecture"')
+        model = case.knowledge.build()
+        state, flags = model_state(case, self.channel)
+        model.load_state_dict(state)
+        return WhiteBox(model, labels, self.cost), flags
+
+    def _black_box(self, case: Case, labels: Tensor, generators: list[torch.Generator]) -> BlackBox:
         service = case.transcript.service
         if service is None or service.channel != Channel.PREDICTIONS:
             raise LookupError(f"{self.position} has no service that answers probabilities")
@@ -145,14 +162,17 @@ def _denoise(images: Tensor) -> Tensor:
     return (images + avg_pool2d(images, 3, 1, 1, count_include_pad=False)) / 2
 
 
-def _reconstruction(row: int, target: Target, found: Descent) -> Reconstruction:
-    flags = {"zero_gradients"} if found.zero_slope[row] else set()
+def _reconstruction(
+    row: int, target: Target, found: Descent, flags: frozenset[str]
+) -> Reconstruction:
+    if found.zero_slope[row]:
+        flags |= {"zero_gradients"}
     if not found.finite[row]:
-        flags.add("non_finite")
+        flags |= {"non_finite"}
     return Reconstruction(
         target=target,
         samples=found.images[row : row + 1],
         labels=torch.tensor([target.label]),
         confidence=found.confidence[row : row + 1],
-        flags=frozenset(flags),
+        flags=flags,
     )

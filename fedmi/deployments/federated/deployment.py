@@ -153,22 +153,34 @@ class Federated(Deployment):
         tapper = frozenset({Fact.NUM_EXAMPLES})
         open_server = transport is None or transport.server_sees_aggregate
         coordinator = server if open_server else Position.KEY_HOLDER
+        parties = bool(self.compute_parties)
         seen = [
-            View(server, update, told),
-            *([View(server, Channel.SHARE, told)] if transport else []),
+            *([] if parties else [View(server, update, told)]),
+            *([View(server, Channel.SHARE, told)] if transport and not parties else []),
+            *(self._parties_see(client) if parties else ()),
             View(coordinator, Channel.AGGREGATE, told),
             View(coordinator, Channel.GLOBAL_MODEL, told),
             View(Position.CLIENT, Channel.GLOBAL_MODEL, client),
             View(Position.MODEL_HOLDER, Channel.GLOBAL_MODEL, frozenset({Fact.ARCHITECTURE})),
-            View(Position.API_USER, Channel.PREDICTIONS),
-            View(Position.API_USER, Channel.LABELS),
+            *self.serving.views(),
         ]
         if self.strategy.implies_aggregate:
             seen.append(View(Position.CLIENT, Channel.AGGREGATE, client))
         if not self.tls:
-            crossing = (update, Channel.GLOBAL_MODEL) if open_server else (update,)
+            update_seen = () if parties else (update,)
+            crossing = (*update_seen, *((Channel.GLOBAL_MODEL,) if open_server else ()))
             seen += [View(Position.EAVESDROPPER, c, tapper) for c in crossing]
         return tuple(seen)
+
+    @staticmethod
+    def _parties_see(facts: frozenset[Fact]) -> tuple[View, ...]:
+        """Parties that add up shares; the global model is no secret to them."""
+        channels = (Channel.SHARE, Channel.GLOBAL_MODEL)
+        return tuple(View(Position.COMPUTE_PARTY, channel, facts) for channel in channels)
+
+    @property
+    def compute_parties(self) -> int:
+        return self.transport.compute_parties if self.transport else 0
 
     @property
     def parallelism(self) -> int:
@@ -211,8 +223,9 @@ class Federated(Deployment):
         )
 
     def problems(self, card: Card, model: ModelSpec, recipe: Recipe) -> list[str]:
-        setting = self.setting(model.blueprint(card.shape, card.classes), recipe)
-        found = [
+        network = model.blueprint(card.shape, card.classes)
+        setting = self.setting(network, recipe)
+        found = self.serving.problems(network) + [
             f"{protection.title}: {why}"
             for protection in self.protections
             for why in protection.problems(setting)

@@ -66,6 +66,10 @@ class ProtectedGrid(GridWrapper):
         self._flags: set[str] = set()
         self.last = Round(None, "no round yet")
 
+    def close(self) -> None:
+        """Training is over."""
+        self._transport.close()
+
     def flags(self) -> frozenset[str]:
         """What the protections noticed over the whole training."""
         found = set(self._flags).union(*(half.flags() for half in self._halves.values()))
@@ -98,6 +102,7 @@ class ProtectedGrid(GridWrapper):
             return []
         self.last = Round(collected)
         self._flags |= collected.flags
+        self._recorder.beside(*collected.side_bytes)
         self._inspect(round, collected)
         return [self._reply(asked, round, model, collected)]
 
@@ -133,6 +138,9 @@ class ProtectedGrid(GridWrapper):
     def _inspect(self, round: int, collected: Collected) -> None:
         """Ask, aside, what clients could tell; compare the mean with that of the true updates."""
         self._recorder.counted(round, collected.clients)
+        if round in self._plan.record:
+            for seen in self._transport.party_views():
+                self._recorder.party(round, seen)
         if round not in self._plan.record or not (self._plan.sealed or self._plan.confide):
             return
         nodes = {client: node for node, client in self._clients.items()}
@@ -166,7 +174,8 @@ class ProtectedGrid(GridWrapper):
         """The mean as if one client had sent it: Flower's weighted mean of one is exact."""
         layout = self._plan.setting.layout
         seen = {name: collected.mean[name] for name in layout}
-        self._recorder.aggregate(round, collected.clients, self._plan.aggregate(model, seen))
+        combined = self._plan.aggregate(model, seen)
+        self._recorder.aggregate(round, collected.clients, combined, collected.weight)
         mean: Mapping[str, Tensor] = collected.mean
         for half in reversed(self._halves.values()):
             mean = half.finish(round, mean, len(collected.clients))

@@ -13,7 +13,7 @@ from fedmi.exposure.observation import Observation, Transcript
 from fedmi.exposure.opening import Confided
 from fedmi.exposure.payload import store
 from fedmi.exposure.words import Channel, Position
-from fedmi.protections.base import Crossing
+from fedmi.protections.base import Crossing, PartySeen
 
 CLIENT, HOLDER, TAPPER = Position.CLIENT, Position.MODEL_HOLDER, Position.EAVESDROPPER
 
@@ -63,8 +63,10 @@ class Recorder:
         if round not in self._plan.record:
             return
         self._model = self._store(model, f"round-{round:05d}-model")
+        parties = self._plan.transport.compute_parties if self._plan.transport else 0
+        told = [Position.COMPUTE_PARTY] if parties else []
         initial = [self._plan.server] if round == 1 and not self._plan.server_knows else []
-        positions = [self._plan.coordinator, CLIENT, *initial]
+        positions = [self._plan.coordinator, CLIENT, *initial, *told]
         open_wire = self._plan.server_knows or round == 1
         self._model_seen(round, tuple(sorted(clients)), self._model, positions, open_wire)
 
@@ -113,20 +115,45 @@ class Recorder:
         weight = torch.tensor(crossing.clear["num_examples"])
         self.confided(round, client, {**told, "weight": weight})
 
+    def party(self, round: int, seen: PartySeen) -> None:
+        """A compute party received this from a client."""
+        if round not in self._plan.record:
+            return
+        name = f"round-{round:05d}-client-{seen.client:05d}-party-{seen.party}"
+        stored, about = self._store(seen.payload, name), (seen.client,)
+        if seen.party:
+            party = Position.COMPUTE_PARTY
+            self._confided.append(Confided(seen.party, round, stored, party, about))
+            return
+        self._see(Position.COMPUTE_PARTY, Channel.SHARE, round, about, stored, seen.wire_bytes)
+
+    def beside(self, up: int, down: int) -> None:
+        """So many bytes crossed on lines beside the grid."""
+        self._up += up
+        self._down += down
+
     def counted(self, round: int, clients: Iterable[int]) -> None:
         """The updates of these clients are in the mean of the round."""
         if round in self._plan.record:
             self._replied |= {(round, client) for client in clients}
 
     def aggregate(
-        self, round: int, clients: tuple[int, ...], tensors: Mapping[str, Tensor]
+        self,
+        round: int,
+        clients: tuple[int, ...],
+        tensors: Mapping[str, Tensor],
+        weight: float = 0.0,
     ) -> None:
-        """The replies of the clients were combined to this."""
+        """The replies of the clients were combined to this.
+
+        weight: the sum of their weights, where nobody tells its examples.
+        """
         if round not in self._plan.record:
             return
         payload = self._store(tensors, f"round-{round:05d}-aggregate")
-        each = {f"num_examples/{client}": self._examples[round, client] for client in clients}
-        clear = {"num_examples": sum(each.values()), **each}
+        told = {c: self._examples[round, c] for c in clients if (round, c) in self._examples}
+        each = {f"num_examples/{client}": examples for client, examples in told.items()}
+        clear = {"num_examples": sum(each.values()) if told else weight, **each}
         self._see(self._plan.coordinator, Channel.AGGREGATE, round, clients, payload, 0, clear)
         self._open = _Round(round, clients, self._model)
 
@@ -194,6 +221,7 @@ class Recorder:
         clear: Mapping[str, float] | None = None,
     ) -> None:
         of_updates = channel in (Channel.AGGREGATE, Channel.MASKED_UPDATE, Channel.CIPHERTEXT)
+        of_updates |= position == Position.COMPUTE_PARTY
         averages = self._plan.strategy.sends if of_updates else None
         self._seen.append(
             Observation(
@@ -207,7 +235,11 @@ class Recorder:
 
     def _transcripts(self) -> dict[Position, Transcript]:
         server = (self._plan.server, self._plan.coordinator)
-        positions = dict.fromkeys((*server, CLIENT, HOLDER, Position.API_USER, *self._tappers))
+        seen = {item.position for item in self._seen}
+        parties = (Position.COMPUTE_PARTY,) if Position.COMPUTE_PARTY in seen else ()
+        positions = dict.fromkeys(
+            (*server, CLIENT, HOLDER, Position.API_USER, *self._tappers, *parties)
+        )
         return {
             position: Transcript(
                 position, tuple(seen for seen in self._seen if seen.position == position)

@@ -46,9 +46,13 @@ def serve(plan: Plan, grid: Grid, progress: Callable[[float], None]) -> Trained:
     strategy = plan.strategy.server(plan.work.recipe)
     rounds = Rounds(strategy, plan, clients, recorder, progress, protected)
     initial = plan.build().state_dict()
-    result = rounds.start(
-        network, wire.to_record(initial), num_rounds=schedule.rounds, timeout=ROUND_SECONDS
-    )
+    try:
+        result = rounds.start(
+            network, wire.to_record(initial), num_rounds=schedule.rounds, timeout=ROUND_SECONDS
+        )
+    finally:
+        if protected:
+            protected.close()
     state = wire.like(wire.to_tensors(result.arrays), initial)
     flags = rounds.flags | (protected.flags() if protected else set())
     return recorder.finished(schedule.rounds + 1, state, flags)

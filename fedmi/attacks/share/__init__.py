@@ -1,0 +1,1 @@
+"""Attacks on what compute parties and their dealer hold."""

@@ -1,0 +1,214 @@
+"""Serving under MPC: neither the model nor the queries are in any one party's hands."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fedmi.data.records import Split
+from fedmi.deployments.serving.base import ANSWERS, Rehearsal, Serving, Trained
+from fedmi.exposure.knowledge import View
+from fedmi.exposure.observation import Observation
+from fedmi.exposure.opening import Confided, Opener
+from fedmi.exposure.payload import store
+from fedmi.exposure.service import Service
+from fedmi.exposure.words import Channel, Fact, Position
+from fedmi.mpc.cluster import Cluster, Message, Shares
+from fedmi.mpc.compile import inference_program
+from fedmi.mpc.cost import MPCCost
+from fedmi.mpc.opening import Opening
+from fedmi.mpc.program import Program
+from fedmi.mpc.restate import unsupported
+from fedmi.mpc.scheme import Protocol, Scheme
+from fedmi.mpc.uniformity import flags as uniformity_flags
+from fedmi.mpc.uniformity import p_value
+
+LOGIT_TOLERANCE = 1e-2
+"""A larger error of an answer is flagged."""
+
+
+class SMPC(Serving):
+    """The model's owner shares its weights among compute parties, users share their queries, and
+    only the answer is opened, to the user who asked.
+
+    Compute parties see shares (position `compute_party`); together at the threshold they hold the
+    model and every query. The user gets what an exact service answers, up to fixed-point error.
+    """
+
+    kind: Literal["smpc"] = "smpc"
+    protocol: Protocol = Field(default="aby3", description="how numbers are shared and multiplied")
+    parties: int = Field(default=0, ge=0, le=8, description="compute parties; 0 = the fewest")
+    fraction_bits: int = Field(default=18, ge=8, le=26, description="bits after the binary point")
+    batch: int = Field(default=256, ge=1, le=4096, description="queries answered at once at most")
+    rehearsal: int = Field(
+        default=100, ge=1, description="held-out records answered once, to measure error and cost"
+    )
+
+    @model_validator(mode="after")
+    def _runnable(self) -> Self:
+        if found := self.scheme.refusals():
+            raise ValueError("; ".join(found))
+        return self
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(
+            protocol=self.protocol, parties=self.parties, fraction_bits=self.fraction_bits
+        )
+
+    @property
+    def title(self) -> str:
+        return f"smpc ({self.scheme.title})"
+
+    @property
+    def protected_by(self) -> tuple[str, ...]:
+        return ("served by smpc",)
+
+    @property
+    def compute_parties(self) -> int:
+        return self.scheme.size
+
+    def problems(self, network: nn.Module) -> list[str]:
+        reason = unsupported(network)
+        return [f"serving = smpc: {reason}"] if reason else []
+
+    def views(self) -> tuple[View, ...]:
+        shape = frozenset({Fact.ARCHITECTURE})
+        return (*ANSWERS, View(Position.COMPUTE_PARTY, Channel.SHARE, shape))
+
+    def opener(self) -> Opener:
+        return Opening(self.scheme)
+
+    def rehearse(self, model: Trained, split: Split, directory: Path, confide: bool) -> Rehearsal:
+        held = split.held_out.take(np.arange(min(self.rehearsal, len(split.held_out))))
+        started = time.perf_counter()
+        with _session(self, model, "logits", directory) as session:
+            logits = session.ask(held.inputs, record=True)
+            shares = {name: session.cluster.held(name) for name in session.weights}
+            messages = session.cluster.received()
+            traffic = session.cluster.traffic()
+            seconds, computing = time.perf_counter() - started, session.seconds
+        with torch.no_grad():
+            exact = model.module()(torch.from_numpy(held.inputs)).numpy()
+        error = float(np.abs(logits - exact).max())
+        right = np.array([(z.argmax(1) == held.labels).mean() for z in (logits, exact)])
+        items = [_item(rank, shares, messages, directory) for rank in range(self.scheme.size)]
+        uniform = min(p_value(item) for item in items)
+        cost = MPCCost.of(
+            self.scheme,
+            traffic,
+            seconds,
+            compute_seconds=computing,
+            queries=len(held),
+            logit_error=error,
+            accuracy_gap=float(right[0] - right[1]),
+            uniformity=uniform,
+        )
+        flags = set(uniformity_flags(items))
+        if error > LOGIT_TOLERANCE:
+            flags.add(f"fixed_point_error: logits off by {error:.1e}")
+        first = Observation(
+            Position.COMPUTE_PARTY, Channel.SHARE, 1, (), items[0], traffic[0].input_bytes
+        )
+        others = tuple(
+            Confided(rank, 1, item, Position.COMPUTE_PARTY) for rank, item in enumerate(items)
+        )
+        return Rehearsal((first,), others[1:] if confide else (), cost, frozenset(flags))
+
+    @contextmanager
+    def door(self, model: Trained, channel: Channel, directory: Path) -> Iterator[Service]:
+        if channel not in (Channel.PREDICTIONS, Channel.LABELS):
+            raise ValueError(f"a service answers with predictions or labels, not {channel}")
+        answer: Answer = "probabilities" if channel == Channel.PREDICTIONS else "labels"
+        with _session(self, model, answer, directory) as session:
+
+            def ask(inputs: Tensor) -> Tensor:
+                found = torch.from_numpy(session.ask(inputs.detach().numpy()))
+                if channel == Channel.LABELS:
+                    return found.round().long().reshape(-1)
+                return found.clamp(0, 1)
+
+            yield Service(ask, channel)
+
+
+Answer = Literal["logits", "probabilities", "labels"]
+
+
+@dataclass
+class _Session:
+    """A model among its compute parties, ready to answer."""
+
+    serving: SMPC
+    cluster: Cluster
+    network: nn.Module
+    shape: tuple[int, int, int]
+    answer: Answer
+    weights: tuple[str, ...]
+    programs: dict[int, Program] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def ask(self, inputs: NDArray[np.float32], *, record: bool = False) -> NDArray[np.float32]:
+        """Answers [n, ...] to inputs [n, C, H, W]; record: keep the messages of the first batch."""
+        found = []
+        for start in range(0, len(inputs), self.serving.batch):
+            part = inputs[start : start + self.serving.batch]
+            found.append(self._batch(part, record and not start))
+        return np.concatenate(found)
+
+    def _batch(self, inputs: NDArray[np.float32], record: bool) -> NDArray[np.float32]:
+        """Padded with zeros to a power of two, so that few programs do."""
+        rows = min(1 << (len(inputs) - 1).bit_length(), self.serving.batch)
+        padded = np.zeros((rows, *self.shape), dtype=np.float32)
+        padded[: len(inputs)] = inputs
+        program = self._program(rows)
+        self.cluster.share("x", padded)
+        self.seconds += self.cluster.run(program, record=record)
+        return self.cluster.open(program.outputs[0])[: len(inputs)]
+
+    def _program(self, rows: int) -> Program:
+        if rows not in self.programs:
+            made = inference_program(self.network, rows, self.shape, self.answer)
+            self.cluster.load(made)
+            self.programs[rows] = made
+        return self.programs[rows]
+
+
+@contextmanager
+def _session(serving: SMPC, model: Trained, answer: Answer, directory: Path) -> Iterator[_Session]:
+    """The parties, holding shares of the weights, as long as the context is open."""
+    directory.mkdir(parents=True, exist_ok=True)
+    network = model.module()
+    with Cluster(serving.scheme, directory) as cluster:
+        weights = {f"p/{name}": tensor for name, tensor in network.named_parameters()}
+        for name, tensor in weights.items():
+            cluster.share(name, tensor.detach().numpy().astype(np.float32))
+        yield _Session(serving, cluster, network, model.shape, answer, tuple(weights))
+
+
+def _item(
+    rank: int,
+    shares: Mapping[str, list[Shares]],
+    messages: list[tuple[Message, ...]],
+    directory: Path,
+) -> Mapping[str, Tensor]:
+    """What one party holds of the model, and the messages it received."""
+    held = {
+        f"model/{name.removeprefix('p/')}": torch.from_numpy(parts[rank].view(np.int64).copy())
+        for name, parts in shares.items()
+    }
+    seen = {
+        f"message/{number:06d}/{message.sender}/{message.key}": torch.frombuffer(
+            bytearray(message.value), dtype=torch.uint8
+        )
+        for number, message in enumerate(messages[rank])
+        if message.value
+    }
+    return store({**held, **seen}, directory / f"party-{rank}.safetensors")

@@ -1,0 +1,139 @@
+"""Whether what a party holds and receives looks as shares must: uniform, and nothing else."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import chi2
+from torch import Tensor
+
+from fedmi.mpc.opening import is_shared
+from fedmi.mpc.scheme import RING_BITS
+from fedmi.mpc.shares import Ring, as_ring, total
+
+MESSAGE = "message/"
+ALARM = 1e-6
+"""Payloads less likely than this under uniformity are flagged."""
+EXPECTED = 16
+"""Fewest occurrences expected of each symbol; below, chi-square's tail is no measure."""
+FEWEST_BITS = 2 * EXPECTED
+SEAL_HEADER = b"\x5e\xa1\x10"
+"""Begins a ciphertext or key of Microsoft SEAL: magic 0xA15E little-endian, header of 16 bytes."""
+
+Words = tuple[Ring, int]
+"""words [n] and how many of their bits, from the lowest, are in use"""
+
+
+def p_value(payload: Mapping[str, Tensor]) -> float:
+    """p-value of all tensors being uniform: the smallest of any of their tests x how many
+    (Bonferroni), at most 1; 1 where nothing can be tested (see `untested`).
+
+    Each test is Pearson's chi-square over the values of the bytes, one histogram for each of the
+    8 bytes of a word; half bytes, bits, and at last all places of a word together, where there are
+    too few words. Tested are
+
+    - ring elements (int64): all of them, over all 64 bits; of records and models [..., k] also the
+      sum of the k elements that the party holds of a number, and the difference between a row and
+      the next (a mask used twice);
+    - messages (`message/...`, uint8): as little-endian words of 64 bits if they are whole ones,
+      else as bytes; over the bits up to the highest that any word uses. The engine sends boolean
+      shares of narrow integers one a word and leaves the rest zero (SEMI2K: 36 bits of 64, in the
+      exponentials of softmax); how many follows from the public program. Not tested are the
+      messages of a run that sends ciphertexts (CHEETAH: of SEAL, compressed, beside oblivious
+      transfers of public, falling widths filled up with zeros): they hide by a computational
+      assumption and are not uniform bytes;
+    - other bytes (seeds): all bits.
+    """
+    return _worst([p for found in _tests(payload).values() for p in found])
+
+
+def flags(payloads: Iterable[Mapping[str, Tensor]]) -> frozenset[str]:
+    """ "shares_not_uniform: p = .." if all the payloads together are that unlikely."""
+    found = _worst([p_value(payload) for payload in payloads])
+    return frozenset({f"shares_not_uniform: p = {found:.1e}"} if found < ALARM else ())
+
+
+def untested(payload: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of tensors that say nothing: too short (handshakes), or beside ciphertexts."""
+    return tuple(n for n, found in _tests(payload).items() if all(p is None for p in found))
+
+
+def _tests(payload: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """p-values by tensor; None where one cannot be tested."""
+    mute = MESSAGE if _encrypted(payload) else None
+    return {
+        name: [] if mute and name.startswith(mute) else [_p(w) for w in _words(name, payload[name])]
+        for name in payload
+    }
+
+
+def _worst(found: Sequence[float | None]) -> float:
+    tested = [p for p in found if p is not None]
+    return min(1.0, len(tested) * min(tested)) if tested else 1.0
+
+
+def _words(name: str, tensor: Tensor) -> Iterator[Words]:
+    """What of a tensor must be uniform."""
+    values = tensor.detach().cpu().numpy()
+    if name.startswith(MESSAGE):
+        yield _message(values)
+    elif values.dtype == np.uint8:
+        yield values.ravel().astype(np.uint64), 8
+    else:
+        yield from _ring(as_ring(values), named=is_shared(name))
+
+
+def _ring(held: Ring, *, named: bool) -> Iterator[Words]:
+    """named: the last axis is that of the elements that a party holds of one number."""
+    yield held.ravel(), RING_BITS
+    if not named:
+        return
+    if held.shape[-1] > 1:
+        yield total(list(np.moveaxis(held, -1, 0))).ravel(), RING_BITS
+    if held.ndim > 1 and len(held) > 1:
+        yield (held[1:] - held[:-1]).ravel(), RING_BITS
+
+
+def _message(values: NDArray[np.uint8]) -> Words:
+    data = np.ascontiguousarray(values.ravel())
+    words = (data if len(data) % 8 else data.view("<u8")).astype(np.uint64)
+    return words, int(np.bitwise_or.reduce(words, initial=0)).bit_length()
+
+
+def _encrypted(payload: Mapping[str, Tensor]) -> bool:
+    """Whether the messages are those of a protocol that sends ciphertexts."""
+    starts = (payload[n][: len(SEAL_HEADER)] for n in payload if n.startswith(MESSAGE))
+    return any(bytes(start.tolist()) == SEAL_HEADER for start in starts)
+
+
+def _p(words: Words) -> float | None:
+    """p-value of uniformity of the used bits of the words; None where there are too few."""
+    values, bits = words
+    if len(values) * bits < FEWEST_BITS:
+        return None
+    apart = len(values) >= 2 * EXPECTED
+    size = _symbol_bits(len(values) if apart else len(values) * bits, bits, apart)
+    counts = _counts(values, bits, size)
+    counts = counts if apart else counts.sum(0, keepdims=True)
+    expected = counts[0].sum() / counts.shape[1]
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return float(chi2.sf(statistic, counts.shape[0] * (counts.shape[1] - 1)))
+
+
+def _symbol_bits(many: int, bits: int, apart: bool) -> int:
+    """Bits of a symbol: the most of 8, 4, 2, 1 that divide a word and occur often enough.
+
+    many: words, if each place in a word is tested apart; else bits of all words together.
+    """
+    for size in (8, 4, 2):
+        occurring = many if apart else many // size
+        if bits % size == 0 and occurring >= EXPECTED * 2**size:
+            return size
+    return 1
+
+
+def _counts(values: Ring, bits: int, size: int) -> NDArray[np.int64]:
+    """How often each symbol occurs at each place of a word; [places, 2^size]."""
+    mask, places = np.uint64(2**size - 1), range(0, bits, size)
+    columns = [((values >> np.uint64(at)) & mask).astype(np.int64) for at in places]
+    return np.stack([np.bincount(column, minlength=2**size) for column in columns])
