@@ -2,11 +2,11 @@
 
     python benchmarks/mpc_engine.py
 
-By hand: as many processes, whose engines talk to each other directly, without relay, control line,
-profile or record; seconds are the slowest party's `RuntimeWrapper.Run`. Through the cluster: `run`
-from the command to the last answer. Both stay up together and take turns, as machines drift; seconds
-are medians, the ratio is of medians. Bytes are a party's of one run, received, as the relay and the
-engine count them. Writes results/mpc_engine.json.
+By hand: as many processes, whose engines talk to each other directly, without relay, control
+line, profile or record; seconds are the slowest party's `RuntimeWrapper.Run`. Through the cluster:
+`run`, from the command to the last answer. Both stay up together and take turns, as machines
+drift; seconds are medians, the ratio is of medians. Bytes are what each party received in one run,
+as its relay and its engine count them. Writes results/mpc_engine.json.
 """
 
 import json
@@ -181,6 +181,10 @@ def by_hand_party(rank: int, plain: str, folder: Path) -> None:
         print(time.perf_counter() - started, flush=True)
 
 
+def quartiles(seconds: Sequence[float]) -> list[float]:
+    return [round(cut, 4) for cut in statistics.quantiles(seconds, n=4)[::2]]
+
+
 def measure(case: Case) -> dict[str, object]:
     """Both ways in turn; the outputs compared with NumPy's through JAX on the plaintext."""
     from fedmi.mpc.cluster import Cluster, Traffic
@@ -218,11 +222,9 @@ def measure(case: Case) -> dict[str, object]:
     return {
         "runs": case.runs,
         "seconds": round(here, 4),
-        "seconds, quartiles": [round(q, 4) for q in statistics.quantiles(through, n=4)[::2]],
+        "seconds, quartiles": quartiles(through),
         "seconds by hand": round(there, 4),
-        "seconds by hand, quartiles": [
-            round(q, 4) for q in statistics.quantiles(by_hand, n=4)[::2]
-        ],
+        "seconds by hand, quartiles": quartiles(by_hand),
         "ratio": round(here / there, 3),
         "largest error": error,
         "payload bytes, relay": [each.received_bytes for each in one],

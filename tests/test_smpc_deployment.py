@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 pytest.importorskip("spu")
@@ -18,6 +19,9 @@ pytest.importorskip("spu")
 from fedmi.data.dataset import Card
 from fedmi.deployments.base import DeploymentError, Job, Outcome
 from fedmi.deployments.centralized import Centralized
+from fedmi.deployments.serving.base import Serving
+from fedmi.deployments.serving.exact import Exact
+from fedmi.deployments.serving.smpc import SMPCServing
 from fedmi.deployments.smpc.deployment import SMPC
 from fedmi.deployments.smpc.owners import Owners
 from fedmi.deployments.smpc.recording import Recorder
@@ -101,7 +105,7 @@ def test_mlp_is_that_of_centralized_training(mlp: Trained) -> None:
     ("deployment", "recipe"),
     [
         (
-            SMPC(name="s", epochs=EPOCHS, owners=1, opens="predictions"),
+            SMPC(name="s", epochs=EPOCHS, owners=1, opens="predictions", serving=SMPCServing()),
             {"momentum": 0.5, "weight_decay": 1e-3},
         ),
         (SMPC(name="s", epochs=EPOCHS, protocol="semi2k"), {}),
@@ -314,3 +318,11 @@ def test_divergence_is_an_error_with_the_name(tmp_path: Path) -> None:
     task = job(tmp_path, learning_rate=1000.0, weight_decay=1.0)
     with pytest.raises(DeploymentError, match="'s' diverged in the clear already: loss is"):
         SMPC(name="s", epochs=50).train(task)
+
+
+@pytest.mark.parametrize(
+    "serving", [Exact(), SMPCServing(protocol="semi2k"), SMPCServing(fraction_bits=20)]
+)
+def test_a_model_that_nobody_holds_is_served_by_its_own_parties(serving: Serving) -> None:
+    with pytest.raises(ValidationError, match='opens = "predictions"'):
+        SMPC(name="s", opens="predictions", serving=serving)

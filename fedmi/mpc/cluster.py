@@ -1,5 +1,6 @@
 """The compute parties of one computation, each a process of its own, and the lines to them."""
 
+import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 ENGINE_PATIENCE = 30.0
 """Seconds that an engine waits for a message longer than the caller for an answer."""
+DEALER_SECONDS = 1.0
 NO_FAULTS: Mapping[int, int] = MappingProxyType({})
 
 __all__ = ["Cluster", "Message", "Shares", "Traffic"]
@@ -45,10 +47,11 @@ class Traffic:
 
     input_bytes: shares from owners. received_bytes: payload of messages from other parties, as its
     relay counted. wire_bytes: the same with framing. engine_bytes: what the engine says the party
-    received while it ran programs; the relay counts besides what the engines send each other when
-    they start (`SETUP_BYTES` of the docs' table: seeds and keys, a few dozen bytes for aby3).
-    messages: how many. rounds: how often it had to wait for another party's message (`Tally`).
-    dealer_bytes: what it exchanged with the dealer, both ways, with framing.
+    received while it ran programs. received_bytes is that and what engines tell each other when
+    they start (65 bytes with aby3, 42 with cheetah, about 166 with two parties of semi2k: seeds,
+    keys, a comparison of settings), to the byte. messages: how many. rounds: how often it had to
+    wait for others' messages (`Tally`). dealer_bytes: what it exchanged with the dealer, both ways,
+    with framing; one party speaks for all.
     """
 
     input_bytes: int
@@ -64,10 +67,10 @@ class Cluster:
     """Starts the parties, gives them shares and programs, and gathers what is opened.
 
     Use as a context manager. The caller stands for owners (`share`), for whoever says which public
-    program is next (`run`), and for the receiver of an output (`open`); and it has the simulator's own
-    line to what each party holds (`held`, `received`), which no party of the deployment has.
-    Every method raises MPCError, naming the party, when one has died, sent garbage or does not
-    answer within `timeout_seconds`; the others are stopped then, and nothing is opened any more.
+    program is next (`run`), and for the receiver of an output (`open`); and it has the simulator's
+    own line to what each party holds (`held`, `received`), which no party of the deployment has.
+    Every method raises MPCError, naming the party, when one has died, sent garbage, refused or does
+    not answer within `timeout_seconds`; all are stopped then, and nothing is opened any more.
     """
 
     def __init__(
@@ -132,10 +135,10 @@ class Cluster:
     def share(self, name: str, values: NDArray[np.float32]) -> None:
         """An owner splits the array by a cryptographic generator and sends each party its share.
 
-        values: any shape. The engine draws the shares: AES-128 in counter use under a seed of the
-        operating system's entropy, new for every array (SPU `mpc/utils/ring_ops.cc`: `ring_rand`
-        under yacl's `SecureRandSeed`). RangeError before anything is sent where a value is not finite
-        or reaches 2^(62 - 2 * fraction_bits): a product with 1 would leave the ring before it is
+        values: any shape. The engine draws the shares from AES-128 under a secret seed, fresh for
+        every array, of a cryptographic generator (SPU, `mpc/utils/ring_ops.cc`: `ring_rand` with
+        yacl's `SecureRandSeed`). RangeError before anything is sent where a value is not finite or
+        reaches 2^(62 - 2 * fraction_bits): a product with 1 would leave the ring before it is
         truncated.
         """
         shares = self._sharing.split(name, values)
@@ -149,10 +152,11 @@ class Cluster:
     def select(self, name: str, parts: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Each party, on its own: `name` becomes these rows of these shared variables, one after
         another. Which rows is public."""
-        rows = [(source, [int(row) for row in which]) for source, which in parts]
-        if not any(which for _, which in rows):
-            raise ValueError(f"select {name}: no rows")
-        self._tell({"do": "select", "name": name, "parts": rows})
+        rows = [[int(row) for row in which] for _, which in parts]
+        if not any(rows) or min(map(min, filter(None, rows))) < 0:
+            raise ValueError(f"select {name}: row numbers from 0 on, at least one, not {rows}")
+        sources = [source for source, _ in parts]
+        self._tell({"do": "select", "name": name, "sources": sources, "rows": rows})
 
     def load(self, program: Program) -> None:
         """Give all parties the program, once."""
@@ -194,8 +198,8 @@ class Cluster:
     def open(self, name: str) -> NDArray[np.float32]:
         """All parties send their shares to the receiver, who adds them up.
 
-        MPCError where the shares differ in shape or kind, or where two parties hold different copies
-        of a replicated element.
+        MPCError where the shares differ in shape or kind, or where two parties hold different
+        copies of a replicated element.
         """
         try:
             return self._sharing.combine(name, self._pieces(name))
@@ -211,8 +215,8 @@ class Cluster:
         """Aside: each party's share of the variable, by rank; [..., scheme.elements].
 
         aby3: party i's elements are x_i and x_{i+1 mod 3} of x = x_0 + x_1 + x_2 mod 2^64; semi2k,
-        cheetah: x is the sum over parties. Fixed point: the signed value / 2^fraction_bits. ValueError
-        for a variable that is not shared additively (a truth value is shared bit by bit).
+        cheetah: x is the sum over parties. Fixed point: the signed value / 2^fraction_bits.
+        ValueError for a variable that is not shared additively, as a truth value, whose bits are.
         """
         return [
             piece.checked(name, self._settings).ring(self.scheme.elements)
@@ -290,8 +294,24 @@ class Cluster:
             raise MPCError("the parties have not been started; use `with Cluster(...) as cluster`")
         return self._processes
 
-    def _ask(self, make: Asked) -> list[Frame]:
-        return self._running.ask(make)
-
     def _tell(self, header: Mapping[str, object], blobs: Sequence[bytes] = ()) -> list[Frame]:
-        return self._running.ask(lambda rank: (header, blobs))
+        """The same to all parties; their answers."""
+        return self._ask(lambda rank: (header, blobs))
+
+    def _ask(self, make: Asked) -> list[Frame]:
+        """What `make` says to each party; their answers."""
+        try:
+            return self._running.ask(make)
+        except MPCError as error:
+            if self._dealer is None or _listens(self._dealer.config().server_host):
+                raise
+            raise MPCError(f"the dealer is gone: {error}") from error
+
+
+def _listens(host: str) -> bool:
+    name, _, port = host.rpartition(":")
+    try:
+        socket.create_connection((name, int(port)), DEALER_SECONDS).close()
+    except OSError:
+        return False
+    return True

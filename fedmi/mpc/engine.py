@@ -1,7 +1,7 @@
 """The one door to SPU: its configuration, its link and the form of its shares.
 
-A party loads the engine's extension alone: `import spu` would load JAX too, 130 MB and half a second
-that only the compiler of programs needs.
+A party loads the engine's extension alone: `import spu` would load JAX too, 130 MB and half a
+second that only the compiler of programs needs.
 """
 
 import json

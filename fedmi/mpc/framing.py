@@ -1,9 +1,10 @@
 """The engine's messages in the byte stream between two parties.
 
-The engine speaks brpc's `baidu_std`: `"PRPC" | u32 size of the rest | u32 size of the meta | meta |
-body`, both numbers big endian; a body is a protobuf `PushRequest` {1: sender_rank, 2: key, 3: value,
-4: trans_type, 5: chunk_info {1: message_length, 2: chunk_offset}} (brpc, `docs/en/baidu_std.md`;
-SecretFlow's interconnection, `link/transport.proto`). Values over 1 MiB come in chunks, one a push.
+The engine speaks brpc's `baidu_std`: `"PRPC" | u32 size of the rest | u32 size of the meta | meta
+| body`, both numbers big endian; a body is a protobuf `PushRequest` {1: sender_rank, 2: key,
+3: value, 4: trans_type, 5: chunk_info {1: message_length, 2: chunk_offset}} (brpc,
+`docs/cn/baidu_std.md`; SecretFlow's interconnection, `link/transport.proto`). Values over 1 MiB
+come in chunks, one a push.
 """
 
 import struct

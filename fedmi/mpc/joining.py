@@ -19,9 +19,9 @@ LOG_BYTES = 1 << 26
 def join(header: Mapping[str, object], rank: int, hosts: Sequence[str], relay: Relay) -> Workshop:
     """Start the engine behind the relay and wait until all parties are there.
 
-    hosts: HOST:PORT of every party's relay, by rank. header: protocol, fraction_bits, elements, dealer
-    (the engine's options for it, or null), log (a path), recv_timeout_ms, garbage_after (a fault to
-    inject, or null).
+    hosts: HOST:PORT of every party's relay, by rank. header: protocol, fraction_bits, elements,
+    dealer (the engine's options for it, or null), log (a path), recv_timeout_ms, garbage_after (a
+    fault to inject, or null).
     """
     log = Path(str(header["log"]))
     _log_to(log)
@@ -47,8 +47,8 @@ def join(header: Mapping[str, object], rank: int, hosts: Sequence[str], relay: R
 def _linked(rank: int, hosts: Sequence[str], recv_timeout_ms: int, relay: Relay) -> object:
     """The engine's link, on a port of its own behind the relay.
 
-    The port is free when it is chosen; should another process take it before the engine does, another
-    one is tried, and at last OSError names them.
+    The port is free when it is chosen; should another process take it before the engine does,
+    another one is tried, and at last OSError names them.
     """
     spu, tried = engine.library(), []
     for _ in range(ATTEMPTS):

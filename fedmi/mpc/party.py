@@ -1,8 +1,9 @@
-"""One compute party: `python -m fedmi.mpc.party FD RANK`, with its control line on descriptor FD.
+"""One compute party: `python -m fedmi.mpc.party FD RANK CALLER`.
 
-Holds this party's shares and nothing of another's. A reader thread takes the line: it answers `ping`
-at once, hands everything else to the main thread, and ends the process when the line closes or the
-caller is gone. So a party never outlives who started it.
+FD: the descriptor of its control line. CALLER: the process that started it. It holds this party's
+shares and nothing of another's. A reader thread takes the line: it answers `ping` at once, hands
+everything else to the main thread, and ends the process when the line closes or the caller is gone;
+so a party never outlives who started it.
 """
 
 import os
@@ -57,7 +58,9 @@ class Party:
         try:
             self._listener = socket.create_server(("127.0.0.1", port))
         except OSError as error:
-            raise OSError(f"cannot listen on port {port}: {error.strerror}") from error
+            raise OSError(
+                f"cannot listen on port {port}: {os.strerror(error.errno or 0)}"
+            ) from error
         return {"port": self._listener.getsockname()[1]}
 
     def _connect(self, header: Mapping[str, object]) -> None:

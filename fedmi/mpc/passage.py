@@ -1,4 +1,4 @@
-"""A counting passage from one party out to another address: to the dealer, or (in tests) to a peer."""
+"""A counting passage from one party out to another address: the dealer, or in tests a peer."""
 
 import secrets
 import socket
@@ -11,8 +11,8 @@ CONNECT_SECONDS = 10.0
 class Passage:
     """Listens on a free port of this machine and forwards to `target`, HOST:PORT, both ways.
 
-    bytes: how many went either way. garbage_after: a fault to inject: once so many bytes have gone out
-    on a connection, random bytes go in place of the rest.
+    bytes: how many went either way. garbage_after: a fault to inject: once so many bytes have gone
+    out on a connection, random bytes go in place of the rest.
     """
 
     def __init__(self, target: str, garbage_after: int | None = None) -> None:

@@ -15,7 +15,7 @@ from fedmi.mpc.errors import MPCError
 from fedmi.mpc.lines import Frame, Line, LineError
 
 GRACE_SECONDS = 0.3
-"""Between the first sign of a fault and the verdict: its consequences may come in before its cause."""
+"""Between the first sign of a fault and the verdict: consequences may come in before the cause."""
 PING_SECONDS = 2.0
 STOP_SECONDS = 2.0
 

@@ -1,8 +1,8 @@
 """The recording relay in front of one party's engine: everything its peers send it passes here.
 
-It runs as one thread of the party's own process (the engine works without Python's interpreter lock),
-listens on the port that the peers know and forwards to the engine's own. So it sees what this party
-receives and nothing else; the receipts that go back on the same connections are framing.
+It runs as one thread of the party's own process (the engine works without Python's interpreter
+lock), listens on the port that the peers know and forwards to the engine's own. So it sees what
+this party receives and nothing else; the receipts that go back on the same connections are framing.
 
 Messages go on at once: the next one depends on them. All else waits for a pause of `NAP_SECONDS`:
 receipts, that no single message waits for, and the counting of what has passed.

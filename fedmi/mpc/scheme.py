@@ -70,6 +70,6 @@ class Scheme(BaseModel):
             found.append(
                 f"parties = {self.parties}: one party alone would hold the secret; use 2 or more"
             )
-        if find_spec("spu") is None:
+        if find_spec("spu") is None or (self.has_dealer and find_spec("gmalg") is None):
             found.append("the MPC engine is not installed: pip install 'fedmi[smpc]'")
         return found

@@ -48,14 +48,14 @@ def check_range(name: str, values: NDArray[np.float32], fraction_bits: int) -> N
     if not values.size:
         return
     finite = np.isfinite(values)
-    largest = float(np.abs(np.where(finite, values, 0)).max())
     if not finite.all():
         worst = float(values[~finite].flat[0])
         raise RangeError(f"{name}: {worst:g} is not finite, so it has no fixed-point form")
-    if largest >= most:
+    largest = float(values.flat[np.abs(values).argmax()])
+    if abs(largest) >= most:
         raise RangeError(
-            f"{name}: {largest:g} leaves the fixed-point range: with fraction_bits = {fraction_bits} "
-            f"values must stay below {most:g}; scale them down or take fewer fraction_bits"
+            f"{name}: {largest:.9g} leaves the fixed-point range: with fraction_bits = "
+            f"{fraction_bits} values must stay below {most:.9g}; scale them down or take fewer bits"
         )
 
 

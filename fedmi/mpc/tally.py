@@ -10,10 +10,10 @@ REMEMBERED = 4096
 class Tally:
     """Since the start. Control messages (ACK, FIN, trial of a connection) count as framing only.
 
-    rounds: how often the party had to wait for messages: one for each point-to-point message and one
-    for each collective operation, whose messages from all peers bear one key. Messages that do not
-    depend on each other and could have travelled together count each, so it is an upper bound of the
-    protocol's depth, and exact for a program that does one thing after another.
+    rounds: how often the party had to wait for messages: one for each point-to-point message and
+    one for each collective operation, whose messages from all peers bear one key. Messages that do
+    not depend on each other and could have travelled together count each, so it is an upper bound
+    of the protocol's depth, and exact for a program that does one thing after another.
     """
 
     def __init__(self) -> None:

@@ -65,7 +65,8 @@ class Workshop:
         return {}, []
 
     def _select(self, header: Mapping[str, object], blobs: Sequence[bytes]) -> Reply:
-        parts = [(str(source), list(rows)) for source, rows in header["parts"]]  # type: ignore[attr-defined]
+        sources, rows = _names(header, "sources"), _rows(header["rows"])
+        parts = list(zip(sources, rows, strict=True))
         self._vault.select(str(header["name"]), parts, self._runtime)
         return {}, []
 
@@ -142,3 +143,9 @@ def _names(header: Mapping[str, object], key: str) -> list[str]:
     if not isinstance(names, list):
         raise TypeError(f"{key}: a list of names, not {names!r}")
     return [str(name) for name in names]
+
+
+def _rows(value: object) -> list[list[int]]:
+    if not isinstance(value, list) or not all(isinstance(rows, list) for rows in value):
+        raise TypeError(f"rows: lists of row numbers, not {value!r}")
+    return value

@@ -35,7 +35,7 @@ LOGIT_TOLERANCE = 1e-2
 """A larger error of an answer is flagged."""
 
 
-class SMPC(Serving):
+class SMPCServing(Serving):
     """The model's owner shares its weights among compute parties, users share their queries, and
     only the answer is opened, to the user who asked.
 
@@ -146,7 +146,7 @@ Answer = Literal["logits", "probabilities", "labels"]
 class _Session:
     """A model among its compute parties, ready to answer."""
 
-    serving: SMPC
+    serving: SMPCServing
     cluster: Cluster
     network: nn.Module
     shape: tuple[int, int, int]
@@ -182,7 +182,9 @@ class _Session:
 
 
 @contextmanager
-def _session(serving: SMPC, model: Trained, answer: Answer, directory: Path) -> Iterator[_Session]:
+def _session(
+    serving: SMPCServing, model: Trained, answer: Answer, directory: Path
+) -> Iterator[_Session]:
     """The parties, holding shares of the weights, as long as the context is open."""
     directory.mkdir(parents=True, exist_ok=True)
     network = model.module()

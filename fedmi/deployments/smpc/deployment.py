@@ -1,9 +1,9 @@
 """Training on secret shares: what a scenario can say of it, who sees what, how it is trained."""
 
 from math import ceil
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from fedmi.data.dataset import Card, Partition
@@ -89,6 +89,27 @@ class SMPC(Deployment):
     @property
     def parallelism(self) -> int:
         return self.scheme.size
+
+    @model_validator(mode="after")
+    def _somebody_can_answer(self) -> Self:
+        """Where nobody gets the model, the parties that hold its shares must answer."""
+        if self.opens == "model":
+            return self
+        served = getattr(self.serving, "scheme", None)
+        if served is None:
+            raise ValueError(
+                'opens = "predictions": nobody holds the model, so serving = '
+                f'"{self.serving.kind}" cannot answer; use serving = '
+                '{ kind = "smpc" }, or opens = "model"'
+            )
+        if served != self.scheme:
+            raise ValueError(
+                f'opens = "predictions": the model stays among its parties ({self.scheme.title}, '
+                f"{self.scheme.fraction_bits} fraction bits), but serving is by {served.title}, "
+                f"{served.fraction_bits} bits; give serving the same protocol, parties and "
+                "fraction_bits"
+            )
+        return self
 
     def views(self) -> tuple[View, ...]:
         told = frozenset({Fact.ARCHITECTURE, Fact.LOCAL_TRAINING, Fact.NUM_EXAMPLES})
