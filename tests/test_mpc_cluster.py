@@ -116,7 +116,7 @@ def test_rows_are_selected_by_each_party_alone(cluster: Cluster) -> None:
     right = np.concatenate([X[[4, 0]], -X[[5, 5, 1]]])
     np.testing.assert_allclose(added(cluster, "batch"), right, atol=1e-5)
     np.testing.assert_allclose(cluster.open("batch"), right, atol=1e-5)
-    assert after == before, "no byte between parties"
+    assert not any(gained(before, after, "messages") + gained(before, after, "input_bytes"))
     whole, part = cluster.held("x"), cluster.held("batch")
     assert all(np.array_equal(w[[4, 0]], p[:2]) for w, p in zip(whole, part, strict=True))
 
@@ -136,7 +136,7 @@ def gained(before: Sequence[Traffic], after: Sequence[Traffic], what: str) -> li
     return [getattr(b, what) - getattr(a, what) for a, b in zip(before, after, strict=True)]
 
 
-def test_the_relay_counts_what_the_engine_counts(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_relay_counts_what_the_engine_counts(cluster: Cluster) -> None:
     cluster.share("x", X)
     cluster.share("w", W)
     before = cluster.traffic()
@@ -220,7 +220,7 @@ def test_values_out_of_range_are_named_before_anything_is_sent(
     values[2, 3] = worst
     with pytest.raises(RangeError, match=f"pixels: {worst:.9g} "):
         cluster.share("pixels", values)
-    assert cluster.traffic() == before
+    assert not any(gained(before, cluster.traffic(), "input_bytes"))
     cluster.share("pixels", np.full(3, 2.0**26 - 4, np.float32))
     assert cluster.open("pixels")[0] == 2.0**26 - 4
 

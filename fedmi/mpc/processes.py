@@ -156,24 +156,28 @@ class Processes:
 
     def _late(self, silent: set[int]) -> None:
         """Nobody spoke in time: who does not even answer a ping hangs."""
-        self._number += 1
-        replies, signs = dict[int, Frame](), Signs()
-        deadline = time.monotonic() + PING_SECONDS
-        for rank in silent:
-            try:
-                self._members[rank].line.send(
-                    {"do": "ping", "number": self._number}, (), PING_SECONDS
-                )
-            except LineError as error:
-                signs.gone[rank] = str(error)
-        while not silent <= replies.keys() | signs.gone.keys():
-            if not self._hear(replies, signs, deadline):
-                break
-        hanging = sorted(silent - replies.keys())
+        hanging = sorted(silent - self._alive(silent))
         who = f"party {hanging[0]} hangs" if hanging else "every party is still at work"
         reason = f"no answer within {self._seconds:.4g} s: {who}"
         self.abort(reason)
         raise MPCError(reason, hanging[0] if hanging else None)
+
+    def _alive(self, ranks: set[int]) -> set[int]:
+        """Who of these says anything within `PING_SECONDS` of being asked."""
+        deadline, alive = time.monotonic() + PING_SECONDS, set[int]()
+        with selectors.DefaultSelector() as selector:
+            for rank in ranks:
+                line = self._members[rank].line
+                try:
+                    line.send({"do": "ping", "number": 0}, (), PING_SECONDS)
+                except LineError:
+                    continue
+                selector.register(line, selectors.EVENT_READ, rank)
+            while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    alive.add(key.data)
+                    selector.unregister(key.fileobj)
+        return alive
 
     def abort(self, reason: str) -> None:
         """Kill all that are left; nothing more will be asked."""

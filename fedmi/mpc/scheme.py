@@ -13,8 +13,8 @@ RING_BITS = 64
 class Scheme(BaseModel):
     """Fixed-point numbers x * 2^fraction_bits in Z_2^64, shared among compute parties.
 
-    aby3: three parties, replicated sharing x = x0 + x1 + x2, party i holds (x_i, x_{i+1 mod 3}); any
-    two of them open it (Mohassel and Rindal, CCS 2018).
+    aby3: three parties, replicated sharing x = x0 + x1 + x2, party i holds (x_i, x_{i+1 mod 3});
+    any two of them open it (Mohassel and Rindal, CCS 2018).
     semi2k: two or more parties, additive sharing; all together open it. Beaver triples come from a
     dealer, a trusted third party (Cramer et al., SPDZ2k, CRYPTO 2018, against passive adversaries).
     cheetah: two parties, additive sharing, no dealer: lattice encryption and oblivious transfer in

@@ -35,7 +35,8 @@ def guesses(training: TrainingCell, outcome: Outcome, split: Split, round: int) 
     """Whether the model at the start of the round (0: the finished one) is no better than guessing.
 
     That is: as many held-out records right as the commonest class has, or up to two standard
-    errors more. Where no party sees models on the way (training on shares), the finished one counts.
+    errors more. Where no party sees models on the way (training on shares), the finished one
+    counts.
     """
     state = outcome.state
     if round and Position.CLIENT in outcome.transcripts:
