@@ -21,7 +21,7 @@ import spu
 from spu.utils import frontend
 
 from fedmi.mpc import joining
-from fedmi.mpc.cluster import Cluster, Traffic
+from fedmi.mpc.cluster import DEALER, Cluster, Message, Traffic
 from fedmi.mpc.counters import EngineLog
 from fedmi.mpc.engine import Piece, Settings
 from fedmi.mpc.errors import MPCError, RangeError
@@ -195,6 +195,31 @@ def test_only_recorded_runs_are_kept_and_they_are_whole(cluster: Cluster) -> Non
     for rank, messages in enumerate(new):
         assert {message.sender for message in messages} <= set(range(len(new))) - {rank}
         assert all("\x01" not in message.key for message in messages)
+
+
+@pytest.mark.parametrize("protocol", ["aby3", "semi2k"])
+def test_with_every_run_recorded_nothing_that_came_is_missing(
+    protocol: Protocol, tmp_path: Path
+) -> None:
+    with Cluster(Scheme(protocol=protocol), tmp_path, timeout_seconds=60) as cluster:
+        for name in ("x", "y"):
+            cluster.share(name, X)
+        for each in (PRODUCT, CUBE):
+            cluster.run(each, record=True)
+        greeted, received, answered = cluster.handshakes(), cluster.received(), cluster.answered()
+        traffic = cluster.traffic()
+    for rank, each in enumerate(traffic):
+        assert size(received[rank]) == each.engine_bytes
+        assert 0 < size(greeted[rank]) == each.received_bytes - each.engine_bytes
+        assert size(answered[rank]) < max(each.dealer_bytes, 1)
+        assert {message.sender for message in answered[rank]} <= {DEALER}
+    corrections = [message.value for message in answered[0]]
+    assert bool(corrections) == cluster.scheme.has_dealer
+    assert b"".join(corrections).count(b"HTTP/1.1 200") == len(cluster.dealt())
+
+
+def size(messages: Sequence[Message]) -> int:
+    return sum(len(message.value) for message in messages)
 
 
 def test_only_the_dealer_of_semi2k_is_talked_to(cluster: Cluster) -> None:

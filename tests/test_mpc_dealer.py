@@ -21,7 +21,7 @@ pytest.importorskip("gmalg")
 from gmalg import SM2
 
 from fedmi.mpc.dealer import Dealer
-from fedmi.mpc.dealer.collusion import Factors, first_factors
+from fedmi.mpc.dealer.collusion import Factors, openings, products
 from fedmi.mpc.dealer.messages import SERVICE, RequestError, data, read_request
 from fedmi.mpc.dealer.prg import permutation, stream
 from fedmi.mpc.dealer.ring import matmul
@@ -393,16 +393,13 @@ def test_with_one_party_it_opens_the_others_inputs(parties: int, tmp_path: Path)
         cluster.run(program, record=True)
         held = [(cluster.held("x")[rank], cluster.held("w")[rank]) for rank in range(parties)]
         heard, dealt = cluster.received(), cluster.dealt()
+    (product,) = products(dealt, x.shape[1])
+    assert not products(dealt, x.shape[1] + 1)
+    assert not list(openings(product, heard[0][:0]))
     for rank, (left, right) in enumerate(held):
         own = Factors(left[..., 0], right[..., 0])
-        opened = first_factors(dealt, heard[rank], own)
+        opened = own + product.of_others(next(openings(product, heard[rank])))
         assert np.array_equal(opened.left, sum(each[..., 0] for each, _ in held))
         assert np.abs(opened.left.view(np.int64) / 2**18 - x).max() <= 2.0**-18
         assert np.abs(opened.right.view(np.int64) / 2**18 - w).max() <= 2.0**-18
         assert np.abs(own.left.view(np.int64) / 2**18 - x).max() > 1e6
-    with pytest.raises(ValueError, match="no matrix product"):
-        first_factors((), heard[0], own)
-    with pytest.raises(ValueError, match="is needed from each"):
-        first_factors(dealt, (), own)
-    with pytest.raises(ValueError, match="own shares"):
-        first_factors(dealt, heard[0], Factors(own.right, own.left))

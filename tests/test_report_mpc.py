@@ -213,7 +213,7 @@ def test_the_terminal_says_it_shortly() -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["shares_not_uniform", "fixed_point_gap", "fixed_point_error", "range_overflow"]
+    "flag", ["shares_not_uniform", "fixed_point_gap", "fixed_point_error"]
 )
 def test_flags_of_mpc_are_explained(flag: str) -> None:
     assert flag in EXPLANATIONS

@@ -64,7 +64,7 @@ def mlp(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def shares(outcome: Outcome, round: int, owners: tuple[int, ...]) -> Observation:
     """The one item of this round and these owners that the party of rank 0 holds."""
     seen = outcome.transcripts[Position.COMPUTE_PARTY].on(Channel.SHARE, [round])
-    (found,) = [item for item in seen if item.clients == owners and not _messages(item)]
+    (found,) = [item for item in seen if item.clients == owners and not _bytes(item)]
     return found
 
 
@@ -86,6 +86,11 @@ def added(parts: Sequence[Tensor], bits: int = 18) -> np.ndarray:
 
 def _messages(seen: Observation) -> bool:
     return any(name.startswith("message/") for name in seen.payload)
+
+
+def _bytes(seen: Observation) -> bool:
+    """Whether these are messages of whatever kind, no shares."""
+    return all(part.dtype == torch.uint8 for part in seen.payload.values())
 
 
 def close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], atol: float = 1e-2) -> None:
@@ -160,6 +165,39 @@ def test_recorded_messages_come_from_the_other_parties(mlp: Trained) -> None:
     assert {sender for _, _, sender, _ in fields} == {"1", "2"}
     assert all(part.dtype == torch.uint8 for part in recorded.payload.values())
     assert recorded.wire_bytes == sum(part.numel() for part in recorded.payload.values()) > 10_000
+
+
+@pytest.mark.parametrize("protocol", ["aby3", "semi2k"])
+def test_with_every_step_recorded_a_party_s_view_is_all_it_received(
+    protocol: str, tmp_path: Path
+) -> None:
+    task = replace(job(tmp_path, Softmax(), batch_size=BATCH, momentum=0.5), confide=True)
+    deployment = SMPC(name="s", owners=2, epochs=2, protocol=protocol, recorded_steps=6)
+    outcome = deployment.train(task)
+    assert outcome.mpc is not None
+    ours = outcome.mpc.parties[0]
+    seen = outcome.transcripts[Position.COMPUTE_PARTY].on(Channel.SHARE)
+    assert next(item for item in seen if item.round == 2).wire_bytes == 0, "computed"
+    crossed = {
+        kind: sum(item.wire_bytes for item in seen if item.round == 1 and _kind(item) == kind)
+        for kind in ("share", "handshake", "message", "answer")
+    }
+    assert crossed["share"] == ours.input_bytes
+    assert crossed["message"] + crossed["handshake"] == ours.received_bytes
+    assert crossed["message"] > 100 * crossed["handshake"] > 0
+    assert (0 < crossed["answer"] < ours.dealer_bytes) == deployment.scheme.has_dealer
+    initial = shares(outcome, 1, ())
+    ranks = range(1, deployment.scheme.size)
+    others = [told(outcome, initial, rank).tensors for rank in ranks]
+    start = task.model.build(SHAPE, CLASSES, task.seed.child("model")).state_dict()
+    for name, weights in start.items():
+        for kind, right in (("initial", weights), ("momentum", torch.zeros_like(weights))):
+            parts = [item[f"{kind}/{name}"][..., 0] for item in (initial.payload, *others)]
+            np.testing.assert_allclose(added(parts), right, atol=2**-17)
+
+
+def _kind(seen: Observation) -> str:
+    return next(iter(seen.payload)).split("/")[0] if _bytes(seen) else "share"
 
 
 def test_two_of_three_parties_open_records_labels_and_model_and_one_does_not(mlp: Trained) -> None:
@@ -324,5 +362,10 @@ def test_divergence_is_an_error_with_the_name(tmp_path: Path) -> None:
     "serving", [Exact(), SMPCServing(protocol="semi2k"), SMPCServing(fraction_bits=20)]
 )
 def test_a_model_that_nobody_holds_is_served_by_its_own_parties(serving: Serving) -> None:
-    with pytest.raises(ValidationError, match='opens = "predictions"'):
+    with pytest.raises(ValidationError, match=r'opens = "predictions"|same protocol'):
         SMPC(name="s", opens="predictions", serving=serving)
+
+
+def test_training_and_serving_parties_are_the_same() -> None:
+    with pytest.raises(ValidationError, match="same protocol"):
+        SMPC(name="s", protocol="semi2k", parties=3, serving=SMPCServing(protocol="semi2k"))

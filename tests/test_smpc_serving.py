@@ -12,11 +12,13 @@ pytest.importorskip("spu")
 from fedmi.deployments.serving.base import Trained
 from fedmi.deployments.serving.exact import Exact
 from fedmi.deployments.serving.smpc import SMPCServing
+from fedmi.exposure.payload import total_bytes
 from fedmi.exposure.seeding import Seed
 from fedmi.exposure.words import Channel, Position
 from fedmi.models.base import ModelSpec
 from fedmi.models.classifiers import MLP
 from fedmi.models.convolutional import LeNet
+from fedmi.mpc.cluster import Cluster, Traffic
 from fedmi.mpc.shares import combine, decode
 from tests.deployment_fixtures import CLASSES, SHAPE, WithBuffers, job
 
@@ -73,6 +75,37 @@ def test_a_rehearsal_shows_a_party_its_shares_and_a_coalition_the_model(tmp_path
     assert seen.cost.logit_error < 1e-2
     assert seen.cost.seconds >= seen.cost.compute_seconds > 0
     assert not seen.flags
+
+
+@pytest.mark.parametrize("protocol", ["aby3", "semi2k"])
+def test_a_party_s_view_is_all_that_crossed_to_it(
+    protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[Traffic] = []
+    traffic = Cluster.traffic
+
+    def count(cluster: Cluster) -> list[Traffic]:
+        counted[:] = traffic(cluster)
+        return counted
+
+    monkeypatch.setattr(Cluster, "traffic", count)
+    split = job(tmp_path).split
+    serving = SMPCServing(protocol=protocol, rehearsal=10, batch=4)  # 4, 4 and 2 queries
+    seen = serving.rehearse(trained(MLP(hidden=(8,))), split, tmp_path / "served", confide=True)
+    first = seen.observations[0]
+    payloads = [first.payload, *(told.tensors for told in seen.confided)]
+    assert len(payloads) == len(counted) == serving.scheme.size
+    for payload, crossed in zip(payloads, counted, strict=True):
+        peers = {n: t for n, t in payload.items() if not n.startswith("answer/")}
+        assert total_bytes(peers) == crossed.input_bytes + crossed.received_bytes
+    assert first.wire_bytes == total_bytes(first.payload)
+    dealt = first.wire_bytes - counted[0].input_bytes - counted[0].received_bytes
+    assert (0 < dealt < counted[0].dealer_bytes) == serving.scheme.has_dealer
+    for number, real in enumerate(np.split(split.held_out.inputs[:10], [4, 8])):
+        parts = dict(enumerate(payload[f"queries/{number:03d}"].numpy() for payload in payloads))
+        ring = combine(parts, serving.scheme)
+        assert ring is not None
+        np.testing.assert_allclose(decode(ring, 18), real, atol=2.0**-17)
 
 
 def test_without_colluders_nothing_of_the_other_parties_is_kept(tmp_path: Path) -> None:

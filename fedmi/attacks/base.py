@@ -60,7 +60,9 @@ class Attack(Component):
     )
     max_targets: int = Field(default=0, ge=0, description="at most so many targets; 0 = all")
     colluders: int = Field(
-        default=0, ge=0, description="further clients that tell the adversary their side"
+        default=0,
+        ge=0,
+        description="further clients, or compute parties, that tell the adversary their side",
     )
     deployments: tuple[str, ...] = Field(
         default=(),
@@ -73,6 +75,8 @@ class Attack(Component):
     """Facts without which it cannot run."""
     uses: ClassVar[frozenset[Fact]] = frozenset()
     """Further facts it makes use of when granted; any other grant is refused."""
+    with_dealer: ClassVar[bool] = False
+    """Whether it takes off, with what compute parties tell, the masks that a dealer knows."""
     recovers: ClassVar[Literal["samples", "labels", "membership"]] = "samples"
 
     @property

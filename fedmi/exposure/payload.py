@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -46,6 +46,11 @@ def store(tensors: Mapping[str, Tensor], path: Path) -> StoredTensors:
                 raise OSError(code, os.strerror(code), str(path)) from error
         raise
     return StoredTensors(path)
+
+
+def in_memory(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """All of them at once; one by one, a file of thousands of tensors takes minutes to read."""
+    return load_file(tensors.path) if isinstance(tensors, StoredTensors) else tensors
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:

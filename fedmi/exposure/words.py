@@ -68,6 +68,12 @@ def in_coalition(attack: str, colluders: int) -> str:
     return f"{attack}, {colluders} colluder{'s' * (colluders > 1)}" if colluders else attack
 
 
+def colluders_in(attack: str) -> int:
+    """How many colluders the title of an attack names."""
+    found = re.search(r", (\d+) colluders?$", attack)
+    return int(found[1]) if found else 0
+
+
 def alone(attack: str) -> str:
     """The title of the same attack without colluders."""
     return re.sub(r", \d+ colluders?$", "", attack)

@@ -63,6 +63,9 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "mask_recovery.",
         "sealed_read_raw": "Nothing in the hands of this adversary opens the item, so the attack "
         "read masked numbers or ciphertext as if they were an update.",
+        "partly_opened": "This adversary opens only those records that were in a batch while the "
+        "messages of the compute parties were recorded (recorded_steps); the others count as grey "
+        "images, so the mean lies below what it has of those it opens.",
         "stale_global_model": "The adversary did not see the global model of that round, so the "
         "attack started from an earlier one that it knew.",
         "dead_layer": "A client that looked would have found a whole layer of the model it was "
@@ -87,14 +90,14 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "rounds_skipped": "Some rounds failed and left the model as it was.",
         "clients_lost": "Some clients dropped out of training; the figures are for those that "
         "stayed.",
-        "shares_not_uniform": "The bytes of what one compute party holds failed the test that they "
-        "are uniform: shares that hide what they stand for pass it. Do not trust the sharing.",
-        "fixed_point_gap": "In fixed point under MPC the model came out more than one per cent of "
-        "accuracy away from the same training in floating point; more fraction_bits may help.",
+        "shares_not_uniform": "What compute parties hold and receive failed the test that each "
+        "tensor of it, and each pair that was tested, is uniform: shares that hide what they stand "
+        "for pass it. Do not trust the sharing.",
+        "fixed_point_gap": "In fixed point under MPC the model's held-out accuracy came out further "
+        "from that of the same training in floating point than one per cent, or one and a half "
+        "held-out records where that is more; more fraction_bits may help.",
         "fixed_point_error": "An answer under MPC was further from that of the same model in "
         "floating point than fixed-point rounding should put it.",
-        "range_overflow": "A number left the range of the fixed-point representation and wrapped "
-        "around, so that what was computed from it is wrong.",
         "few_seeds": "Fewer than three seeds. The interval covers the choice of targets, not "
         "another training run.",
     }

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pandas as pd
 
 from fedmi.exposure.seeding import Seed
-from fedmi.exposure.words import Channel, Position, alone
+from fedmi.exposure.words import Channel, Position, alone, colluders_in
 from fedmi.leakage.flags import add, compare_boxes, control_flags, figure_flags, trial_flags
 from fedmi.leakage.intervals import NOTHING, Interval, mean_interval, paired_interval
 from fedmi.leakage.row import COLUMNS, LeakageRow, join
@@ -175,9 +175,10 @@ def _with_controls(rows: Sequence[LeakageRow]) -> list[LeakageRow]:
     found = []
     for row in rows:
         control = _control(row, rows)
+        flags = () if row.failed or control is row else control_flags(row, control)
         if control is not None:
             row = replace(row, positive_control=control.advantage)  # noqa: PLW2901
-        found.append(row if row.failed else add(row, *control_flags(row, control)))
+        found.append(add(row, *flags))
     return found
 
 
@@ -186,7 +187,7 @@ def _control(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:
 
     Where a run has several, the one with the same serving regime is preferred, then the first.
     What has no counterpart there because it exists as shares alone is held against the same attack
-    by a coalition that holds them all.
+    by a coalition that opens them; such a coalition, like an unprotected row, is its own control.
     """
     if not row.protections:
         return row
@@ -206,18 +207,23 @@ def _control(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:
 
 
 def _opened(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:
-    """The row of the largest coalition of compute parties on the same shares."""
+    """The row of the largest coalition on the same shares: for a dealer one that it is in, else
+    one of compute parties."""
     if row.position not in SHARED_AMONG:
         return None
     same = ("scenario", "deployment", "channel", "round", "metric")
     coalitions = [
         other
         for other in rows
-        if other.position == Position.COMPUTE_PARTY
+        if other.position in (row.position, Position.COMPUTE_PARTY)
         and alone(other.attack) == alone(row.attack) != other.attack
         and all(getattr(other, k) == getattr(row, k) for k in same)
     ]
-    return max(coalitions, key=lambda other: other.attack, default=None)
+
+    def size(other: LeakageRow) -> tuple[bool, int]:
+        return other.position == row.position, colluders_in(other.attack)
+
+    return max(coalitions, key=size, default=None)
 
 
 def _same_training(row: LeakageRow, open_row: LeakageRow) -> bool:

@@ -17,7 +17,7 @@ from fedmi.mpc.errors import MPCError
 from fedmi.mpc.lines import Frame
 from fedmi.mpc.processes import Asked, Processes
 from fedmi.mpc.program import Program
-from fedmi.mpc.record import read_record
+from fedmi.mpc.record import DEALER, read_record
 from fedmi.mpc.scheme import Scheme
 from fedmi.mpc.sharing import Shares, Sharing
 
@@ -27,14 +27,19 @@ if TYPE_CHECKING:
 ENGINE_PATIENCE = 30.0
 """Seconds that an engine waits for a message longer than the caller for an answer."""
 DEALER_SECONDS = 1.0
+RECEIVED, HANDSHAKE, ANSWERED = "received", "handshake", "answered"
+"""Ends of the names of files in which a party keeps what came to it."""
 NO_FAULTS: Mapping[int, int] = MappingProxyType({})
 
-__all__ = ["Cluster", "Message", "Shares", "Traffic"]
+__all__ = ["DEALER", "Cluster", "Message", "Shares", "Traffic"]
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one party received from another: `value` as it came, `key` as the engine names it."""
+    """What one party received: `value` as it came, `key` as the engine names it.
+
+    sender: rank of the party it came from, or DEALER.
+    """
 
     sender: int
     key: str
@@ -48,10 +53,10 @@ class Traffic:
     input_bytes: shares from owners. received_bytes: payload of messages from other parties, as its
     relay counted. wire_bytes: the same with framing. engine_bytes: what the engine says the party
     received while it ran programs. received_bytes is that and what engines tell each other when
-    they start (65 bytes with aby3, 42 with cheetah, about 166 with two parties of semi2k: seeds,
-    keys, a comparison of settings), to the byte. messages: how many. rounds: how often it had to
-    wait for others' messages (`Tally`). dealer_bytes: what it exchanged with the dealer, both ways,
-    with framing; one party speaks for all.
+    they start (`Cluster.handshakes`; 65 bytes with aby3, 42 with cheetah, about 166 with two
+    parties of semi2k: seeds, keys, a comparison of settings), to the byte. messages: how many.
+    rounds: how often it had to wait for others' messages (`Tally`). dealer_bytes: what it exchanged
+    with the dealer, both ways, with framing; one party speaks for all.
     """
 
     input_bytes: int
@@ -68,7 +73,7 @@ class Cluster:
 
     Use as a context manager. The caller stands for owners (`share`), for whoever says which public
     program is next (`run`), and for the receiver of an output (`open`); and it has the simulator's
-    own line to what each party holds (`held`, `received`), which no party of the deployment has.
+    own line to what each party holds and got (`held`, `received`), which no party of it all has.
     Every method raises MPCError, naming the party, when one has died, sent garbage, refused or does
     not answer within `timeout_seconds`; all are stopped then, and nothing is opened any more.
     """
@@ -83,7 +88,8 @@ class Cluster:
         ports: Sequence[int] | None = None,
         garbage_after: Mapping[int, int] = NO_FAULTS,
     ) -> None:
-        """directory: for logs and recorded messages. record: whether messages can be kept.
+        """directory: for logs and recorded messages. record: whether messages can be kept; those
+        by which the parties find each other then are.
 
         ports: where the parties listen for each other, by rank; free ones by default.
         garbage_after: faults to inject, for tests: from a party that it names, peers receive random
@@ -117,7 +123,7 @@ class Cluster:
             self._processes = Processes(self._seconds)
             stack.callback(self._processes.stop)
             for rank in range(self.scheme.size):
-                for left in (self._recorded(rank), self._log(rank)):
+                for left in (*self._kept(rank), self._log(rank)):
                     left.unlink(missing_ok=True)
                 self._processes.start(rank, self._directory / f"party-{rank}.out")
             self._connect(options)
@@ -224,11 +230,21 @@ class Cluster:
         ]
 
     def received(self) -> list[tuple[Message, ...]]:
-        """Aside: the recorded messages of each party, by rank, in order of arrival."""
-        return [
-            tuple(Message(*each) for each in read_record(self._recorded(rank)))
-            for rank in range(self.scheme.size)
-        ]
+        """Aside: the messages of the recorded runs that each party got from the others, by rank, in
+        order of arrival. With `handshakes`, where every run was recorded, these are all its
+        `Traffic.received_bytes`; what the dealer sent it is in `answered`."""
+        return self._read(RECEIVED)
+
+    def handshakes(self) -> list[tuple[Message, ...]]:
+        """Aside: what the parties told each other when they were connected, by rank: seeds of their
+        common generators, keys, a comparison of settings. Empty with record=False."""
+        return self._read(HANDSHAKE)
+
+    def answered(self) -> list[tuple[Message, ...]]:
+        """Aside: what the dealer (sender DEALER) sent each party in recorded runs and when it was
+        connected, by rank: corrections of triples, with framing, in pieces as they came. One party
+        gets them all; nobody does in a scheme without a dealer."""
+        return self._read(ANSWERED)
 
     def dealt(self) -> tuple[Mapping[str, object], ...]:
         """Aside: what the dealer saw, request by request; empty where there is none."""
@@ -269,21 +285,44 @@ class Cluster:
                     **common,
                     "log": str(self._log(rank)),
                     "garbage_after": self._garbage_after.get(rank),
+                    "handshake": str(self._kept_in(rank, HANDSHAKE)) if self._record else None,
+                    "dealt": str(self._kept_in(rank, ANSWERED)),
+                },
+                (),
+            )
+        )
+        if self._record:
+            self._keep(False)
+
+    def _keep(self, on: bool) -> None:
+        paths = {"path": RECEIVED, "dealt": ANSWERED}
+        self._ask(
+            lambda rank: (
+                {
+                    "do": "record",
+                    **{
+                        key: str(self._kept_in(rank, kind)) if on else None
+                        for key, kind in paths.items()
+                    },
                 },
                 (),
             )
         )
 
-    def _keep(self, on: bool) -> None:
-        self._ask(
-            lambda rank: ({"do": "record", "path": str(self._recorded(rank)) if on else None}, ())
-        )
-
     def _pieces(self, name: str) -> list[Piece]:
         return [Piece(*frame.blobs) for frame in self._tell({"do": "get", "name": name})]
 
-    def _recorded(self, rank: int) -> Path:
-        return self._directory / f"party-{rank}.received"
+    def _read(self, kind: str) -> list[tuple[Message, ...]]:
+        return [
+            tuple(Message(*each) for each in read_record(self._kept_in(rank, kind)))
+            for rank in range(self.scheme.size)
+        ]
+
+    def _kept(self, rank: int) -> list[Path]:
+        return [self._kept_in(rank, kind) for kind in (RECEIVED, HANDSHAKE, ANSWERED)]
+
+    def _kept_in(self, rank: int, kind: str) -> Path:
+        return self._directory / f"party-{rank}.{kind}"
 
     def _log(self, rank: int) -> Path:
         return self._directory / f"party-{rank}.log"

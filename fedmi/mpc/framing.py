@@ -9,7 +9,7 @@ come in chunks, one a push.
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAGIC = b"PRPC"
 MAX_FRAME_BYTES = 1 << 24
@@ -27,8 +27,7 @@ class FramingError(ValueError):
     """The stream is not the engine's protocol."""
 
 
-@dataclass(frozen=True)
-class Push:
+class Push(NamedTuple):
     """One request: a message, or a chunk of one that is `total` bytes long, from `offset` on."""
 
     sender: int

@@ -21,11 +21,16 @@ def join(header: Mapping[str, object], rank: int, hosts: Sequence[str], relay: R
 
     hosts: HOST:PORT of every party's relay, by rank. header: protocol, fraction_bits, elements,
     dealer (the engine's options for it, or null), log (a path), recv_timeout_ms, garbage_after (a
-    fault to inject, or null).
+    fault to inject, or null), handshake and dealt (paths: where to keep what peers and dealer send
+    from the start, or null).
     """
     log = Path(str(header["log"]))
     _log_to(log)
     dealing, dealer = _to_dealer(header["dealer"])
+    if header["handshake"] is not None:
+        relay.ledger.record(Path(str(header["handshake"])))
+        if dealing is not None:
+            dealing.record(Path(str(header["dealt"])))
     settings = Settings(
         str(header["protocol"]),
         int(str(header["fraction_bits"])),

@@ -1,4 +1,4 @@
-"""A file of the messages that one party received: `sender, offset, total, sizes | key | value`."""
+"""A file of what one party received: `sender, offset, total, sizes | key | value`."""
 
 import struct
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from pathlib import Path
 
 from fedmi.mpc.framing import Push
 
-_HEAD = struct.Struct("<IQQII")
+_HEAD = struct.Struct("<iQQII")
+DEALER = -1
+"""Sender of what comes from the dealer, who has no rank."""
 
 
 class Recorder:

@@ -39,7 +39,8 @@ class Scheme(BaseModel):
 
     @property
     def threshold(self) -> int:
-        """So many parties together open every share; one fewer learn nothing."""
+        """So many parties together open every share; one fewer learn nothing. Where there is a
+        dealer, it and any one of them open what is multiplied."""
         return 2 if self.protocol == "aby3" else self.size
 
     @property

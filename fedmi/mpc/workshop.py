@@ -117,8 +117,11 @@ class Workshop:
         return {}, []
 
     def _record(self, header: Mapping[str, object], blobs: Sequence[bytes]) -> Reply:
-        path = header["path"]
-        self._relay.ledger.record(None if path is None else Path(str(path)))
+        """Keep the messages that come in the file `path`, what the dealer sends in `dealt`; null:
+        no more of either."""
+        self._relay.ledger.record(_path(header["path"]))
+        if self._dealing is not None:
+            self._dealing.record(_path(header["dealt"]))
         return {}, []
 
     def _traffic(self, header: Mapping[str, object], blobs: Sequence[bytes]) -> Reply:
@@ -134,8 +137,12 @@ class Workshop:
         }, []
 
     def _stop(self, header: Mapping[str, object], blobs: Sequence[bytes]) -> Reply:
-        self._relay.ledger.record(None)
+        self._record({"path": None, "dealt": None}, ())
         os._exit(0)  # the engine's own farewell waits for peers, who stop as well
+
+
+def _path(value: object) -> Path | None:
+    return None if value is None else Path(str(value))
 
 
 def _names(header: Mapping[str, object], key: str) -> list[str]:

@@ -107,7 +107,7 @@ def _place(row: LeakageRow, costs: Sequence[MPCCost]) -> tuple[str, str] | None:
     if (row.position, row.channel) in OPENED:
         return "opened", f"{words.spoken(row.position)}, {words.spoken(row.channel)}"
     if row.position == Position.DEALER:
-        return "below", "dealer alone"
+        return _with_dealer(colluders(row), costs)
     if row.position != Position.COMPUTE_PARTY:
         return None
     together = colluders(row) + 1
@@ -118,6 +118,14 @@ def _place(row: LeakageRow, costs: Sequence[MPCCost]) -> tuple[str, str] | None:
     kind = "threshold" if together >= min(cost.threshold for cost in costs) else "below"
     parties = max(len(cost.parties) for cost in costs)
     return kind, who if together == 1 else f"{together} of {parties} compute parties"
+
+
+def _with_dealer(others: int, costs: Sequence[MPCCost]) -> tuple[str, str]:
+    """With any compute party it is at the threshold."""
+    if not others:
+        return "below", "dealer alone"
+    parties = max((len(cost.parties) for cost in costs if cost.has_dealer), default=others)
+    return "threshold", f"dealer and {others} of {parties} compute parties"
 
 
 def _plain(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:

@@ -61,7 +61,7 @@ def line(item: Secured) -> CostLine:
         each=_each(costs),
         networks=tuple((profile.name, estimate(costs, profile)) for profile in PROFILES),
         logits=small(max((cost.logit_error for cost in costs), key=_worst)),
-        accuracy=f"{words.number(100 * gap, signed=True)} points" if math.isfinite(gap) else "",
+        accuracy=_points(gap, costs),
         uniformity=small(min((cost.uniformity for cost in costs), key=_least)),
     )
 
@@ -112,6 +112,15 @@ def _each(costs: Sequence[MPCCost]) -> str:
         return ""
     took = _mean([cost.compute_seconds / cost.queries for cost in costs])
     return f"{1e3 * took:.1f} ms a record over {costs[0].queries:,}"
+
+
+def _points(gap: float, costs: Sequence[MPCCost]) -> str:
+    """In points of accuracy; of how many records, where serving counted them."""
+    if not math.isfinite(gap):
+        return ""
+    behind = costs[0].queries
+    points = f"{words.number(100 * gap, signed=True)} points"
+    return f"{points} of {behind:,} records" if behind else points
 
 
 def _worst(value: float) -> float:

@@ -16,7 +16,8 @@ from fedmi.exposure.observation import Observation, Transcript
 from fedmi.exposure.opening import Confided, Opened, Opener
 from fedmi.exposure.recipe import Recipe
 from fedmi.exposure.seeding import Seed
-from fedmi.exposure.words import Fact, Position
+from fedmi.exposure.words import Channel, Fact, Position
+from fedmi.mpc.opening import RECORDED
 from fedmi.runs.training import split_of
 from fedmi.scenario.cells import AttackCell, TrainingCell
 
@@ -103,7 +104,7 @@ def _coalition(
     attack: Attack, target: Target, transcript: Transcript, outcome: Outcome, seed: Seed
 ) -> tuple[Target, tuple[Confided, ...]]:
     """The target left by so many colluders, drawn at random, and what they tell."""
-    if attack.position == Position.COMPUTE_PARTY:
+    if attack.position in (Position.COMPUTE_PARTY, Position.DEALER):
         return target, _parties(attack, outcome, seed)
     clients = [c for c in outcome.confided if c.position == Position.CLIENT]
     here = {c.client: c for c in clients if c.round == target.round}
@@ -120,9 +121,23 @@ def _coalition(
 def _parties(attack: Attack, outcome: Outcome, seed: Seed) -> tuple[Confided, ...]:
     """All that so many other compute parties, drawn at random, hold their part of."""
     held = [c for c in outcome.confided if c.position == Position.COMPUTE_PARTY]
+    if attack.position == Position.DEALER:
+        held = _who_trained(held, outcome)
     ranks = sorted({c.client for c in held})
     members = _drawn(ranks, min(attack.colluders, len(ranks)), seed.child("compute parties"))
     return tuple(c for c in held if c.client in members)
+
+
+def _who_trained(held: Sequence[Confided], outcome: Outcome) -> list[Confided]:
+    """What each party that the dealer dealt to could tell it, that of rank 0 included."""
+    party = Position.COMPUTE_PARTY
+    transcript = outcome.transcripts.get(party, Transcript(party))
+    first = [
+        Confided(RECORDED, seen.round, seen.payload, party, seen.clients)
+        for seen in transcript.on(Channel.SHARE)
+    ]
+    ranks = {item.client for item in (*first, *held) if item.about}
+    return [item for item in (*first, *held) if item.client in ranks]
 
 
 def _drawn(clients: Sequence[int], count: int, seed: Seed) -> tuple[int, ...]:

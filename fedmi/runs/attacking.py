@@ -127,7 +127,7 @@ def short_of(attack: Attack, targets: tuple[Target, ...], told: Coalition) -> Fo
     return {
         (target.round or 0, "fewer_colluders_than_asked")
         for target in targets
-        if len(told.get(target.id, ())) < attack.colluders
+        if len({item.client for item in told.get(target.id, ())}) < attack.colluders
     }
 
 

@@ -108,8 +108,8 @@ def trial_of(
         epsilon=claim.epsilon if claim else None,
         delta=claim.delta if claim else None,
         claim=_worded(claims),
-        wire_bytes=outcome.cost.wire_bytes_up + outcome.cost.wire_bytes_down if outcome else nan,
-        train_seconds=outcome.cost.seconds if outcome else nan,
+        wire_bytes=wire_bytes(outcome) if outcome else nan,
+        train_seconds=seconds(outcome) if outcome else nan,
         attack_seconds=marker.get("seconds", nan),
         queries=marker.get("queries", nan),
         peak_memory_bytes=outcome.cost.peak_memory_bytes if outcome else nan,
@@ -118,6 +118,21 @@ def trial_of(
         scores=read_scores(folder) if finished else (),
         failure=None if finished else failures.get(cell.key, NOT_RUN),
     )
+
+
+def wire_bytes(outcome: Outcome) -> int:
+    """Of the whole training, both directions, and of serving under MPC: shares from owners,
+    messages among parties and what they exchange with a dealer."""
+    trained = outcome.cost.wire_bytes_up + outcome.cost.wire_bytes_down
+    if outcome.served is None:
+        return trained
+    parties = sum(party.input_bytes + party.received_bytes for party in outcome.served.parties)
+    return trained + parties + outcome.served.dealer_bytes
+
+
+def seconds(outcome: Outcome) -> float:
+    """Of the whole training, and of putting the model into service under MPC."""
+    return outcome.cost.seconds + (outcome.served.seconds if outcome.served else 0.0)
 
 
 def _worded(claims: Sequence[PrivacyClaim]) -> str:

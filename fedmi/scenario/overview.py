@@ -173,6 +173,8 @@ def parties(deployment: Deployment) -> int:
 def _coalition(attack: Attack, deployment: Deployment) -> str:
     """Compute parties that put together what they hold, or clients that tell what they know."""
     count = attack.colluders
+    if attack.position == Position.DEALER:
+        return f"with {count} of {deployment.compute_parties} compute parties" if count else ""
     if attack.position == Position.COMPUTE_PARTY:
         return f"{count + 1} of {parties(deployment)} compute parties"
     return f"with {count} client{'s' * (count > 1)}" if count else ""

@@ -16,6 +16,7 @@ COALITIONS = frozenset(
         Position.MALICIOUS_SERVER,
         Position.CLIENT,
         Position.COMPUTE_PARTY,
+        Position.DEALER,
     }
 )
 
@@ -159,7 +160,7 @@ def _coalition(attack: Attack, scenario: Scenario) -> Iterator[str]:
     """Colluders where nobody can collude, or more of them than there are others."""
     if not attack.colluders:
         return
-    if attack.position == Position.COMPUTE_PARTY:
+    if attack.position in (Position.COMPUTE_PARTY, Position.DEALER):
         yield from _parties(attack, scenario)
         return
     if attack.position not in COALITIONS:
@@ -175,13 +176,34 @@ def _coalition(attack: Attack, scenario: Scenario) -> Iterator[str]:
 
 
 def _parties(attack: Attack, scenario: Scenario) -> Iterator[str]:
-    """More colluding compute parties than there are others."""
+    """More colluding compute parties than there are others, or nothing they could do together."""
+    if attack.position == Position.DEALER:
+        yield from _dealt_to(attack, scenario)
+        return
     for deployment in scenario.deployment:
-        parties = max(deployment.compute_parties, deployment.serving.compute_parties)
+        parties = deployment.compute_parties
+        if attack.inverts_classes:  # a model is among those who serve it, or who trained it
+            parties = deployment.serving.compute_parties or parties
         if applies(attack, deployment) and attack.colluders > parties - 1:
             yield (
                 f'colluders = {attack.colluders}, but "{deployment.name}" has {parties} compute '
                 f"parties, so {parties - 1} others"
+            )
+
+
+def _dealt_to(attack: Attack, scenario: Scenario) -> Iterator[str]:
+    """A dealer with more compute parties than it deals to, or an attack that needs none."""
+    if not attack.with_dealer:
+        yield (
+            f"colluders = {attack.colluders}, but {attack.kind} makes nothing of what a dealer and "
+            'compute parties know together; "share_reconstruction" does'
+        )
+    for deployment in scenario.deployment:
+        parties = deployment.compute_parties
+        if applies(attack, deployment) and attack.colluders > parties:
+            yield (
+                f'colluders = {attack.colluders}, but in "{deployment.name}" the dealer deals to '
+                f"{parties} compute parties"
             )
 
 

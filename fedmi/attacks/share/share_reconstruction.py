@@ -1,12 +1,14 @@
 """Records out of shares: what compute parties of an SMPC training, or its dealer, can tell."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmi.attacks.base import Attack, Case, Reconstruction
 from fedmi.attacks.engine.coalition import told_in
@@ -16,9 +18,14 @@ from fedmi.attacks.engine.sealed import RAW
 from fedmi.attacks.engine.shared import held_together, open_with
 from fedmi.exposure.knowledge import Target
 from fedmi.exposure.observation import Observation
-from fedmi.exposure.opening import Confided
+from fedmi.exposure.opening import Confided, Opened
+from fedmi.exposure.payload import in_memory
 from fedmi.exposure.words import Channel, Fact, Position
-from fedmi.mpc.opening import RECORDS
+from fedmi.mpc.opening import MESSAGE, RECORDS
+from fedmi.mpc.restate import layers
+
+PARTLY = "partly_opened"
+GREY = 0.5
 
 
 class ShareReconstruction(Attack):
@@ -34,11 +41,17 @@ class ShareReconstruction(Attack):
     is public.
 
     Position `dealer`: a trusted third party that hands out Beaver triples and holds seeds and
-    sizes, no share of anything; its bytes are read as pixels, byte / 255, over and over.
+    sizes, no share of anything; its bytes are read as pixels, over and over, by rank. With
+    `colluders` compute parties, one is enough, it takes the masks off all that was multiplied while
+    the parties' messages were recorded (`recorded_steps`): every record of these batches comes
+    exact, as far as the first layer multiplies whole records (a linear one). The others are left
+    grey, with the flag "partly_opened". Labels enter no product before they are mixed with
+    predictions, and are guessed. All parties, with the dealer or without, have everything.
 
-    One target an owner. samples [n, C, H, W]; labels by the largest of the one-hot entries;
-    confidence 0 where opened, else -inf with the flag "sealed_read_raw". Raises AttackError for an
-    item that holds no records, or records of another shape.
+    One target an owner. samples [n, C, H, W], opened ones first; labels by the largest of the
+    one-hot entries; confidence 0 where opened, else -inf, with the flag "sealed_read_raw" where
+    shares or the dealer's bytes were read raw. Raises AttackError for an item that holds no
+    records, or records of another shape, and where no message was recorded.
     """
 
     kind: Literal["share_reconstruction"] = "share_reconstruction"
@@ -49,6 +62,7 @@ class ShareReconstruction(Attack):
     )
     channels: ClassVar[frozenset[Channel]] = frozenset({Channel.SHARE})
     uses: ClassVar[frozenset[Fact]] = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES})
+    with_dealer: ClassVar[bool] = True
 
     @field_validator("position")
     @classmethod
@@ -62,14 +76,29 @@ class ShareReconstruction(Attack):
     @property
     def required_facts(self) -> frozenset[Fact]:
         """A party knows the program it runs; a dealer sees no shapes, so it must be told sizes."""
-        dealer = self.position == Position.DEALER
-        return frozenset({Fact.NUM_EXAMPLES if dealer else Fact.ARCHITECTURE})
+        alone = self.position == Position.DEALER and not self.colluders
+        return frozenset({Fact.NUM_EXAMPLES if alone else Fact.ARCHITECTURE})
+
+    def unsuited(self, network: nn.Module) -> str:
+        """A dealer with parties needs a first layer that multiplies whole records."""
+        if self.position != Position.DEALER or not self.colluders:
+            return ""
+        kinds = (type(layer) for _, layer in layers(network))
+        first = next((kind for kind in kinds if kind not in (nn.Flatten, nn.Identity)), None)
+        if first is nn.Linear:
+            return ""
+        return (
+            f"at position dealer with colluders reads the product of a linear first layer, but the "
+            f"model begins with {first.__name__ if first else 'nothing'}; use a softmax or mlp "
+            "model, or position compute_party"
+        )
 
     def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
         answers = []
+        dealer = _with_parties if self.colluders else _dealt
+        way = dealer if self.position == Position.DEALER else _shared
         for done, target in enumerate(case.targets, start=1):
-            dealer = self.position == Position.DEALER
-            answers.append(_dealt(case, target) if dealer else _shared(case, target))
+            answers.append(way(case, target))
             case.progress(done / len(case.targets))
         return tuple(answers)
 
@@ -117,19 +146,70 @@ def _check(seen: Observation, shape: tuple[int, int, int]) -> None:
 
 
 def _dealt(case: Case, target: Target) -> Reconstruction:
-    """The dealer's bytes of this owner, or all it has, as pixels in [0, 1]; labels are guessed."""
+    """The dealer's bytes of this owner, or all it has, as pixels in [0, 1]; labels are guessed.
+
+    A pixel is the rank of its byte, ties broken at random, and each owner's begin somewhere else,
+    in other bytes somewhere else again: the same seeds stand in every request, and what letters
+    they are written in would make all images a little brighter or darker alike, which looks like
+    a leak over many owners.
+    """
     records = case.knowledge.num_examples.get(target.id, 0)
     if records < 1:
         raise AttackError(f"target '{target.id}': a dealer must be granted 'num_examples'")
-    rounds = None if target.round is None else [target.round]
-    items = case.transcript.on(Channel.SHARE, rounds)
+    items = _items(case, target)
     items = tuple(seen for seen in items if seen.clients == target.clients) or items
-    parts = [part.contiguous().numpy() for seen in items for part in seen.payload.values()]
-    data = b"".join(part.tobytes() for part in parts)
+    parts = [part for seen in items for part in in_memory(seen.payload).values()]
+    data = b"".join(part.contiguous().numpy().tobytes() for part in parts)
     if not data:
         raise AttackError(f"target '{target.id}': the dealer has no bytes in this transcript")
     shape = (records, *case.knowledge.input_shape)
-    pixels = np.resize(np.frombuffer(data, np.uint8), shape).astype(np.float64) / 255
-    chance = case.seed.child(target.id, "labels").torch()
-    labels = torch.randint(case.knowledge.classes, (records,), generator=chance)
+    chance = case.seed.child(target.id, sha256(data).hexdigest()).numpy()
+    order = np.lexsort((chance.random(len(data)), np.frombuffer(data, np.uint8)))
+    ranks = np.empty(len(data))
+    ranks[order] = np.linspace(0, 1, len(data))
+    pixels = np.resize(np.roll(ranks, chance.integers(len(data))), shape)
+    labels = _guessed(case, target, records)
     return _answer(target, torch.from_numpy(pixels), labels, frozenset({RAW}))
+
+
+def _with_parties(case: Case, target: Target) -> Reconstruction:
+    """What the dealer and the parties that tell it all they have open of this owner's records."""
+    told, items = told_in(case, target), _items(case, target)
+    if not items:
+        raise AttackError(f"target '{target.id}': the dealer has no bytes in this transcript")
+    opened = open_with(case, replace(items[0], clients=target.clients), told)
+    if opened is None:
+        raise AttackError(
+            f"target '{target.id}': no colluder tells its shares of the records of "
+            f"clients {list(target.clients)}"
+        )
+    if "labels" in opened.tensors:
+        inputs, labels = (opened.tensors[name] for name in RECORDS)
+        return _answer(target, inputs, labels.argmax(1), frozenset())
+    if not any(name.startswith(MESSAGE) for item in told for name in item.tensors):
+        raise AttackError(
+            f"target '{target.id}': the colluders recorded no message, so there is nothing to "
+            "unmask; give the deployment recorded_steps = 1 or more"
+        )
+    return _opened_in_part(case, target, opened)
+
+
+def _opened_in_part(case: Case, target: Target, opened: Opened) -> Reconstruction:
+    """Opened records first, each in the order of the owner; labels are guessed."""
+    assert opened.support is not None
+    inputs, seen = opened.tensors["inputs"], opened.support["inputs"].flatten(1).all(1)
+    order = (~seen).int().argsort(stable=True)
+    samples = torch.where(seen.view(-1, 1, 1, 1), inputs, GREY)[order]
+    sure = torch.where(seen, 0.0, -torch.inf)[order]
+    labels = _guessed(case, target, len(samples))
+    flags = frozenset() if bool(seen.all()) else frozenset({PARTLY})
+    return Reconstruction(target, samples.clamp(0, 1).float(), labels, sure, flags)
+
+
+def _items(case: Case, target: Target) -> tuple[Observation, ...]:
+    return case.transcript.on(Channel.SHARE, None if target.round is None else [target.round])
+
+
+def _guessed(case: Case, target: Target, records: int) -> Tensor:
+    chance = case.seed.child(target.id, "labels").torch()
+    return torch.randint(case.knowledge.classes, (records,), generator=chance)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fedmi.data.records import Split
 from fedmi.deployments.serving.base import ANSWERS, Rehearsal, Serving, Trained
+from fedmi.deployments.smpc.recording import ANSWER, HANDSHAKE, MESSAGE, named_messages, signed
 from fedmi.exposure.knowledge import View
 from fedmi.exposure.observation import Observation
 from fedmi.exposure.opening import Confided, Opener
-from fedmi.exposure.payload import store
+from fedmi.exposure.payload import store, total_bytes
 from fedmi.exposure.service import Service
 from fedmi.exposure.words import Channel, Fact, Position
-from fedmi.mpc.cluster import Cluster, Message, Shares
+from fedmi.mpc.cluster import Cluster, Shares
 from fedmi.mpc.compile import inference_program
 from fedmi.mpc.cost import MPCCost
 from fedmi.mpc.opening import Opening
@@ -33,6 +34,8 @@ from fedmi.mpc.uniformity import p_value
 
 LOGIT_TOLERANCE = 1e-2
 """A larger error of an answer is flagged."""
+MASKED = ("model/", "queries/", f"{MESSAGE}/")
+"""What of a party's view must be uniform: all but handshakes and the dealer's answers."""
 
 
 class SMPCServing(Serving):
@@ -92,16 +95,16 @@ class SMPCServing(Serving):
         started = time.perf_counter()
         with _session(self, model, "logits", directory) as session:
             logits = session.ask(held.inputs, record=True)
-            shares = {name: session.cluster.held(name) for name in session.weights}
-            messages = session.cluster.received()
+            seen = session.seen()
             traffic = session.cluster.traffic()
             seconds, computing = time.perf_counter() - started, session.seconds
         with torch.no_grad():
             exact = model.module()(torch.from_numpy(held.inputs)).numpy()
         error = float(np.abs(logits - exact).max())
         right = np.array([(z.argmax(1) == held.labels).mean() for z in (logits, exact)])
-        items = [_item(rank, shares, messages, directory) for rank in range(self.scheme.size)]
-        uniform = min(p_value(item) for item in items)
+        masked = [dict(_starting(item, MASKED)) for item in seen]
+        uniform = min(map(p_value, masked))
+        items = [store(item, directory / f"party-{r}.safetensors") for r, item in enumerate(seen)]
         cost = MPCCost.of(
             self.scheme,
             traffic,
@@ -112,12 +115,11 @@ class SMPCServing(Serving):
             accuracy_gap=float(right[0] - right[1]),
             uniformity=uniform,
         )
-        flags = set(uniformity_flags(items))
+        flags = set(uniformity_flags(masked))
         if error > LOGIT_TOLERANCE:
             flags.add(f"fixed_point_error: logits off by {error:.1e}")
-        first = Observation(
-            Position.COMPUTE_PARTY, Channel.SHARE, 1, (), items[0], traffic[0].input_bytes
-        )
+        size = total_bytes(seen[0])
+        first = Observation(Position.COMPUTE_PARTY, Channel.SHARE, 1, (), items[0], size)
         others = tuple(
             Confided(rank, 1, item, Position.COMPUTE_PARTY) for rank, item in enumerate(items)
         )
@@ -153,14 +155,15 @@ class _Session:
     answer: Answer
     weights: tuple[str, ...]
     programs: dict[int, Program] = field(default_factory=dict)
+    queries: list[list[Shares]] = field(default_factory=list)
     seconds: float = 0.0
 
     def ask(self, inputs: NDArray[np.float32], *, record: bool = False) -> NDArray[np.float32]:
-        """Answers [n, ...] to inputs [n, C, H, W]; record: keep the messages of the first batch."""
+        """Answers [n, ...] to inputs [n, C, H, W]; record: keep what the parties get."""
         found = []
         for start in range(0, len(inputs), self.serving.batch):
             part = inputs[start : start + self.serving.batch]
-            found.append(self._batch(part, record and not start))
+            found.append(self._batch(part, record))
         return np.concatenate(found)
 
     def _batch(self, inputs: NDArray[np.float32], record: bool) -> NDArray[np.float32]:
@@ -170,8 +173,33 @@ class _Session:
         padded[: len(inputs)] = inputs
         program = self._program(rows)
         self.cluster.share("x", padded)
+        if record:
+            self.queries.append(self.cluster.held("x"))
         self.seconds += self.cluster.run(program, record=record)
         return self.cluster.open(program.outputs[0])[: len(inputs)]
+
+    def seen(self) -> list[dict[str, Tensor]]:
+        """Aside: by rank, what each party got since the start, where every batch was recorded:
+        "model/NAME", "queries/BATCH" (with the padding), "message/..", "handshake/..", and
+        "answer/.." of a dealer."""
+        shares = {
+            **{
+                f"model/{name.removeprefix('p/')}": self.cluster.held(name) for name in self.weights
+            },
+            **{f"queries/{number:03d}": held for number, held in enumerate(self.queries)},
+        }
+        received = {
+            HANDSHAKE: self.cluster.handshakes(),
+            MESSAGE: self.cluster.received(),
+            ANSWER: self.cluster.answered(),
+        }
+        found = []
+        for rank in range(self.serving.scheme.size):
+            item = {name: signed(held[rank]) for name, held in shares.items()}
+            for kind, by_rank in received.items():
+                item |= named_messages(kind, by_rank[rank])
+            found.append(item)
+        return found
 
     def _program(self, rows: int) -> Program:
         if rows not in self.programs:
@@ -195,22 +223,7 @@ def _session(
         yield _Session(serving, cluster, network, model.shape, answer, tuple(weights))
 
 
-def _item(
-    rank: int,
-    shares: Mapping[str, list[Shares]],
-    messages: list[tuple[Message, ...]],
-    directory: Path,
-) -> Mapping[str, Tensor]:
-    """What one party holds of the model, and the messages it received."""
-    held = {
-        f"model/{name.removeprefix('p/')}": torch.from_numpy(parts[rank].view(np.int64).copy())
-        for name, parts in shares.items()
-    }
-    seen = {
-        f"message/{number:06d}/{message.sender}/{message.key}": torch.frombuffer(
-            bytearray(message.value), dtype=torch.uint8
-        )
-        for number, message in enumerate(messages[rank])
-        if message.value
-    }
-    return store({**held, **seen}, directory / f"party-{rank}.safetensors")
+def _starting(
+    payload: Mapping[str, Tensor], prefixes: tuple[str, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in payload.items() if name.startswith(prefixes))

@@ -92,10 +92,11 @@ class SMPC(Deployment):
 
     @model_validator(mode="after")
     def _somebody_can_answer(self) -> Self:
-        """Where nobody gets the model, the parties that hold its shares must answer."""
-        if self.opens == "model":
-            return self
+        """Where nobody gets the model, the parties that hold its shares must answer; parties that
+        train and parties that answer are the same ones."""
         served = getattr(self.serving, "scheme", None)
+        if self.opens == "model" and served is None:
+            return self
         if served is None:
             raise ValueError(
                 'opens = "predictions": nobody holds the model, so serving = '
@@ -104,10 +105,9 @@ class SMPC(Deployment):
             )
         if served != self.scheme:
             raise ValueError(
-                f'opens = "predictions": the model stays among its parties ({self.scheme.title}, '
-                f"{self.scheme.fraction_bits} fraction bits), but serving is by {served.title}, "
-                f"{served.fraction_bits} bits; give serving the same protocol, parties and "
-                "fraction_bits"
+                f"the model is among its parties ({self.scheme.title}, {self.scheme.fraction_bits} "
+                f"fraction bits), but serving is by {served.title}, {served.fraction_bits} bits; "
+                "give serving the same protocol, parties and fraction_bits"
             )
         return self
 

@@ -143,12 +143,18 @@ def under_mpc(plan: Plan, job: Job, initial: Mapping[str, Tensor], recorder: Rec
         seconds = time.perf_counter() - started
         model = computation.model()
         with named(plan.name, "reading what the parties received"):
-            traffic, messages, dealt = cluster.traffic(), cluster.received(), cluster.dealt()
+            traffic, dealt = cluster.traffic(), cluster.dealt()
+            handshakes, messages = cluster.handshakes(), cluster.received()
+            answered = cluster.answered()
+        recorder.handshakes(handshakes)
         for owner in range(len(plan.owners)):
             recorder.shares(TRAINING, (owner,), computation.records(owner))
+        recorder.shares(TRAINING, (), computation.initial)
         recorder.messages(messages)
+        recorder.answered(answered)
         recorder.dealt(dealt)
-        recorder.shares(FINISHED, (), {f"model/{n}": by_rank for n, by_rank in model.items()})
+        finished = {f"model/{name}": by_rank for name, by_rank in model.items()}
+        recorder.shares(FINISHED, (), finished, crossed=False)
     if opened is not None:
         recorder.opened(opened)
     shutil.rmtree(directory, ignore_errors=True)

@@ -32,6 +32,9 @@ class Computation:
         self._guards: dict[int, Guard] = {}
         self.seconds = 0.0
         """spent in running programs"""
+        self.initial: dict[str, list[Shares]] = {}
+        """Aside: what the parties were given of the model, "initial/NAME" and "momentum/NAME" ->
+        by rank."""
 
     def share_records(self, private: Records) -> None:
         """Every owner shares its records and the one-hot rows of their labels, once."""
@@ -42,13 +45,14 @@ class Computation:
                 self._cluster.share(of_owner(LABELS, owner), labels[rows])
 
     def share_model(self, state: Mapping[str, Tensor]) -> None:
-        """The initial weights, which are public, become shares so that they can be trained."""
+        """The initial weights, which are public, become shares so that they can be trained;
+        zeros do, where there is momentum."""
         with named(self._plan.name, "sharing the initial weights"):
             for name in self._names:
-                self._cluster.share(f"{PARAMETER}/{name}", _floats(state[name]))
+                weights = _floats(state[name])
+                self._give(f"{PARAMETER}/{name}", weights, f"initial/{name}")
                 if self._plan.work.recipe.momentum:
-                    zeros = np.zeros(state[name].shape, dtype=np.float32)
-                    self._cluster.share(f"{MOMENTUM}/{name}", zeros)
+                    self._give(f"{MOMENTUM}/{name}", np.zeros_like(weights), f"momentum/{name}")
 
     def run(self, progress: Callable[[float], None]) -> None:
         """All steps; the range of the numbers is checked after every epoch."""
@@ -56,7 +60,7 @@ class Computation:
             with named(self._plan.name, self._plan.at(step)):
                 self._step(step, batch)
                 if self._plan.checked_after(step):
-                    self._check_range(len(batch))
+                    self._check_range(step, len(batch))
             progress(step / len(self._plan.batches))
 
     def records(self, owner: int) -> dict[str, list[Shares]]:
@@ -78,6 +82,10 @@ class Computation:
             found = {name: self._cluster.open(f"{PARAMETER}/{name}") for name in self._names}
         return {name: torch.from_numpy(values) for name, values in found.items()}
 
+    def _give(self, variable: str, values: Floats, name: str) -> None:
+        self._cluster.share(variable, values)
+        self.initial[name] = self._cluster.held(variable)
+
     def _step(self, step: int, batch: Ints) -> None:
         for variable in (INPUTS, LABELS):
             self._cluster.select(variable, self._plan.owners.parts(variable, batch))
@@ -95,13 +103,18 @@ class Computation:
             self._programs[size] = program
         return self._programs[size]
 
-    def _check_range(self, size: int) -> None:
-        """One number is opened, of the batch that was just trained on: RangeError unless 0."""
+    def _check_range(self, step: int, size: int) -> None:
+        """One number is opened, of the batch that was just trained on: RangeError unless 0.
+
+        The messages are kept of the first time, and after every recorded step.
+        """
+        recorded = self._plan.recorded_steps
+        record = step <= recorded or (recorded > 0 and not self._guards)
         if size not in self._guards:
             bits = self._plan.scheme.fraction_bits
             self._guards[size] = Guard(self._network, size, self._plan.shape, bits)
         guard = self._guards[size]
-        self.seconds += self._cluster.run(guard.program)
+        self.seconds += self._cluster.run(guard.program, record=record)
         guard.verify(self._cluster.open(guard.program.outputs[0]))
 
 

@@ -8,9 +8,10 @@ the position in the streams and the sizes, and is told the correction that makes
 What the dealer sees: the parties' seeds, the order and sizes of operations, stream positions. None
 of it depends on data, and no share, no message among parties and no result reaches it; alone it
 learns the public program and nothing else. What it could do: it knows every mask. With what one
-party received and that party's own shares it takes the masks off (`fedmi.mpc.dealer.collusion`):
-the dealer counts towards the threshold. It could also answer wrongly and spoil the result
-unnoticed; parties and dealer are taken to be honest but curious.
+party received and that party's own shares it takes the masks off (`fedmi.mpc.dealer.collusion`;
+the attack `share_reconstruction` with `colluders = 1` does so): the dealer counts towards the
+threshold. It could also answer wrongly and spoil the result unnoticed; parties and dealer are taken
+to be honest but curious.
 """
 
 from fedmi.mpc.dealer.process import Dealer, DealerConfig
