@@ -13,6 +13,10 @@ from fedmi.mpc.cluster import Traffic
 from fedmi.mpc.cost import MPCCost
 from fedmi.mpc.profiles import LAN, PROFILES, WAN, Profile, seconds
 from fedmi.mpc.scheme import Scheme
+from fedmi.report.data import Secured
+from fedmi.report.mpc_costs import line
+from fedmi.runs.collect import seconds as seconds_of
+from fedmi.runs.collect import wire_bytes
 
 
 def traffic(received: int = 1000, rounds: int = 10, dealer: int = 0) -> Traffic:
@@ -91,3 +95,21 @@ def test_an_outcome_without_mpc_comes_back_without(tmp_path: Path) -> None:
     found = saved.load(tmp_path)
     assert found.mpc is None
     assert found.served is None
+
+
+def test_a_row_counts_training_and_serving() -> None:
+    trained = replace(outcome(None, None), cost=Cost(1.5, 10, 20, 0))
+    assert (wire_bytes(trained), seconds_of(trained)) == (30, 1.5)
+    served = replace(trained, served=cost())
+    assert wire_bytes(served) == 30 + 3 * 500 + 1000 + 3000 + 2000
+    assert seconds_of(served) == 1.5 + 4.0
+    scheme = Scheme(protocol="semi2k", parties=2)
+    dealt = MPCCost.of(scheme, [traffic(dealer=70), traffic(dealer=30)], 1.0)
+    assert wire_bytes(replace(trained, served=dealt)) == 30 + 2 * 1500 + 100
+
+
+def test_a_gap_of_served_answers_says_of_how_many_records() -> None:
+    gap = cost(accuracy_gap=-0.05)
+    assert line(Secured("x", "training", (gap,))).accuracy.endswith("5.00 points")
+    served = replace(gap, queries=40)
+    assert line(Secured("x", "serving", (served,))).accuracy.endswith("5.00 points of 40 records")

@@ -212,9 +212,7 @@ def test_the_terminal_says_it_shortly() -> None:
     assert "A party that lies is not noticed" in text
 
 
-@pytest.mark.parametrize(
-    "flag", ["shares_not_uniform", "fixed_point_gap", "fixed_point_error"]
-)
+@pytest.mark.parametrize("flag", ["shares_not_uniform", "fixed_point_gap", "fixed_point_error"])
 def test_flags_of_mpc_are_explained(flag: str) -> None:
     assert flag in EXPLANATIONS
     assert explain(f"{flag}: p = 1e-9") == EXPLANATIONS[flag]

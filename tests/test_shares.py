@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from fedmi.exposure.observation import Observation, Transcript
 from fedmi.exposure.opening import Confided
+from fedmi.exposure.recipe import Recipe
+from fedmi.exposure.seeding import Seed
 from fedmi.exposure.words import Channel, Position
+from fedmi.models.classifiers import MLP
 from fedmi.mpc.errors import RangeError
 from fedmi.mpc.opening import Opening
 from fedmi.mpc.scheme import Scheme
 from fedmi.mpc.shares import Ring, combine, decode, encode
-from fedmi.mpc.uniformity import flags, p_value, untested
+from fedmi.mpc.uniformity import flags, p_value, p_value_of, untested
 from tests.share_cases import (
     ABY3,
     PARTY,
@@ -228,6 +232,107 @@ def test_a_seed_is_tested_by_its_bits() -> None:
     assert p_value({"seed": torch.zeros(32, dtype=torch.uint8)}) < 1e-9
     fine = np.random.default_rng(0).integers(256, size=32, dtype=np.uint8)
     assert p_value({"seed": torch.from_numpy(fine)}) > 1e-3
+
+
+def messages(*contents: Ring) -> dict[str, Tensor]:
+    """As a party records them, in order of arrival."""
+    return {
+        f"message/{i:06d}/1/root:{i}:P2P": torch.frombuffer(
+            bytearray(np.ascontiguousarray(content).tobytes()), dtype=torch.uint8
+        )
+        for i, content in enumerate(contents)
+    }
+
+
+X, Y = images(0), images(1)
+MASK = ring(X.shape, 7)
+
+
+@pytest.mark.parametrize(
+    ("masked", "lone"),
+    [
+        (messages(X + MASK, ring(X.shape, 8), Y + MASK), messages(X + MASK, ring(X.shape, 8))),
+        (messages(MASK, MASK), messages(MASK)),
+        (messages(X ^ MASK, Y ^ MASK), messages(X ^ MASK)),
+        (messages(X - MASK) | tensors({"inputs": MASK[..., None]}), messages(X - MASK)),
+        (
+            messages(X - MASK) | tensors({"inputs": np.stack([ring(X.shape, 9), MASK], axis=-1)}),
+            messages(X - MASK),
+        ),
+        (
+            messages(X - MASK - ring(X.shape, 9))
+            | tensors({"inputs": np.stack([ring(X.shape, 9), MASK], axis=-1)}),
+            messages(X - MASK - ring(X.shape, 9)),
+        ),
+        (
+            tensors({"model/a": (X + MASK)[..., None], "model/b": (Y + MASK)[..., None]}),
+            tensors({"model/a": (X + MASK)[..., None]}),
+        ),
+    ],
+    ids=["twice", "same", "xor", "own share", "second element", "both elements", "two own"],
+)
+def test_a_mask_used_twice_is_caught_though_each_tensor_is_uniform(
+    masked: dict[str, Tensor], lone: dict[str, Tensor]
+) -> None:
+    assert p_value(lone) > 1e-3
+    assert p_value(masked) < 1e-9
+    (flag,) = flags([lone, masked])
+    assert flag.startswith("shares_not_uniform: p = ")
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_true_shares_beside_true_messages_pass(scheme: Scheme, seed: int) -> None:
+    held = split(images(seed), scheme, seed + 20)
+    drawn = [ring(X.shape, 1000 * seed + i) for i in range(5)]
+    narrow = [one >> np.uint64(28) for one in drawn[:2]]
+    parties = [messages(*drawn, *narrow) | tensors({"inputs": part}) for part in held]
+    assert p_value_of(parties) > 1e-3
+    assert flags(parties) == frozenset()
+
+
+def test_several_parties_are_one_test() -> None:
+    assert p_value(tensors({"share": ring((4096,), 1) & ring((4096,), 2)})) > 0
+    nearly = tensors({"share": np.where(np.arange(4096) < 60, 0, ring((4096,), 3))})
+    alone = p_value(nearly)
+    assert 0 < alone < 0.05
+    fine = [tensors({"share": ring((4096,), seed)}) for seed in range(4, 13)]
+    assert p_value_of([nearly, *fine]) == pytest.approx(min(1.0, 10 * alone))
+    assert p_value_of([]) == 1.0
+    assert p_value_of([{}, message(b"\x02\x00\x00\x00")]) == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [ABY3, SEMI2K], ids=str)
+def test_what_the_engine_sends_is_not_related_by_design(scheme: Scheme, tmp_path: Path) -> None:
+    """Inference and a training step of an MLP: all shares and messages of every party."""
+    pytest.importorskip("spu")
+    from fedmi.mpc.cluster import Cluster
+    from fedmi.mpc.compile import inference_program, training_program
+
+    network, shape = MLP(hidden=(16,)).build((1, 8, 8), 10, Seed.root(1)), (1, 8, 8)
+    step = training_program(network, 16, shape, 10, Recipe(learning_rate=0.1))
+    found = []
+    with Cluster(scheme, tmp_path, timeout_seconds=60) as cluster:
+        cluster.share("x", np.random.default_rng(0).random((16, *shape), np.float32))
+        cluster.share("y", np.eye(16, 10, dtype=np.float32))
+        for name, weight in network.named_parameters():
+            cluster.share(f"p/{name}", weight.detach().numpy())
+        for program in (inference_program(network, 16, shape), step):
+            held = {f"model/{name}": cluster.held(name) for name in program.inputs}
+            cluster.run(program, record=True)
+            for rank, received in enumerate(cluster.received()):
+                heard = [np.frombuffer(one.value, np.uint8) for one in received if one.value]
+                own = tensors({name: parts[rank] for name, parts in held.items()})
+                found.append(messages(*heard) | own)  # type: ignore[arg-type]
+    assert all(_heard(max(party.values(), key=_heard)) > 1000 for party in found)
+    assert p_value_of(found) > 1e-4
+    again = {**found[0], "message/999999/1/again": max(found[0].values(), key=_heard)}
+    assert p_value_of([again, *found[1:]]) < 1e-9
+
+
+def _heard(tensor: Tensor) -> int:
+    return len(tensor) if tensor.dtype == torch.uint8 else 0
 
 
 @pytest.mark.parametrize("words", [4, 20, 40, 300, 5000])

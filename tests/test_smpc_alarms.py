@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("spu")
 
@@ -79,7 +79,7 @@ def test_a_model_restated_wrongly_stops_the_training_before_any_record_is_shared
 ) -> None:
     right = restate.forward
 
-    def wrong(network: torch.nn.Module) -> restate.Forward:
+    def wrong(network: nn.Module) -> "restate.Forward":
         return lambda parameters, inputs: right(network)(parameters, inputs) + 1e-2
 
     monkeypatch.setattr(restate, "forward", wrong)
@@ -171,7 +171,6 @@ def test_the_loss_of_accuracy_of_a_service_is_that_of_its_answers(
     others = np.eye(CLASSES)[(held_out.labels[:REHEARSED] + 1) % CLASSES].astype(np.float32)
     opened_through(monkeypatch, lambda _, logits: others[: len(logits)])
     ramps_held(monkeypatch)
-    monkeypatch.setattr(SMPCServing.model_fields["batch"], "default", 256)
     seen, model = rehearsed(tmp_path)
     with torch.no_grad():
         exact = model.module()(torch.from_numpy(held_out.inputs[:REHEARSED])).numpy()
@@ -203,7 +202,7 @@ EARLIER_TOLD = replace(TOLD, about=(3,))
 
 
 class Rehearsing(SMPCServing):
-    """Puts nothing into service; what came of it is known. `confide` and the place are looked at."""
+    """Puts nothing into service; what came of it is known."""
 
     def rehearse(self, model: Trained, split: object, directory: Path, confide: bool) -> Rehearsal:
         assert directory.name == "served"

@@ -369,3 +369,10 @@ def test_a_model_that_nobody_holds_is_served_by_its_own_parties(serving: Serving
 def test_training_and_serving_parties_are_the_same() -> None:
     with pytest.raises(ValidationError, match="same protocol"):
         SMPC(name="s", protocol="semi2k", parties=3, serving=SMPCServing(protocol="semi2k"))
+
+
+def test_serving_takes_over_the_scheme_of_the_training() -> None:
+    given = {"name": "s", "protocol": "semi2k", "opens": "predictions", "serving": {"kind": "smpc"}}
+    served = SMPC.model_validate(given).serving
+    assert isinstance(served, SMPCServing)
+    assert served.scheme == SMPC(name="s", protocol="semi2k").scheme

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedmi.exposure.component import Component
-from fedmi.exposure.knowledge import Knowledge, Target
+from fedmi.exposure.knowledge import Knowledge, Target, View
 from fedmi.exposure.observation import Transcript
 from fedmi.exposure.seeding import Seed
 from fedmi.exposure.words import PER_ROUND, Channel, Fact, Position, in_coalition
@@ -94,9 +94,19 @@ class Attack(Component):
         """Whether its targets are the classes of a model, on whatever channel that comes."""
         return self.channel not in PER_ROUND
 
+    @property
+    def reads(self) -> str:
+        """What it needs shares of, on channel `share`: records, model or update."""
+        return "model" if self.inverts_classes else "update"
+
     def unsuited(self, network: nn.Module) -> str:
         """Why the attack cannot read this architecture (parameters on the meta device), or ""."""
         return ""
+
+    def can_read(self, view: View) -> bool:
+        """Whether this is the attack's position and channel, and what crosses there is for it."""
+        there = (view.position, view.channel) == (self.position, self.channel)
+        return there and (not view.items or self.reads in view.items)
 
     def own_targets(self, transcript: Transcript) -> tuple[Target, ...] | None:
         """The targets, where they are not the items of the channel."""

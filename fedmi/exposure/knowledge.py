@@ -12,11 +12,15 @@ from fedmi.exposure.words import Channel, Fact, Position
 
 @dataclass(frozen=True)
 class View:
-    """Position P sees channel C; `facts` are what P knows by nature."""
+    """Position P sees channel C; `facts` are what P knows by nature.
+
+    items: on channel `share`, what the shares are of: records, model, update. Empty = not told.
+    """
 
     position: Position
     channel: Channel
     facts: frozenset[Fact] = frozenset()
+    items: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

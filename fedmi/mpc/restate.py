@@ -58,10 +58,13 @@ def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 def unsupported(network: nn.Module) -> str:
     """Why the network (the meta device will do) cannot be computed under MPC, or ""."""
-    reasons = [
-        f"layer {name}: {why}" for name, layer in layers(network) if (why := _refusal(layer))
-    ]
-    return "; ".join(reasons)
+    found: dict[str, list[str]] = {}
+    for name, layer in layers(network):
+        if why := _refusal(layer):
+            found.setdefault(why, []).append(name)
+    return "; ".join(
+        f"layer{'s' * (len(names) > 1)} {', '.join(names)}: {why}" for why, names in found.items()
+    )
 
 
 def _refusal(layer: nn.Module) -> str:

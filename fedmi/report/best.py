@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fedmi.exposure.words import colluders_in
 from fedmi.leakage.row import LeakageRow
 
 
@@ -46,11 +47,16 @@ def strongest(rows: Iterable[LeakageRow]) -> LeakageRow | None:
     return max(rows, key=_advantage, default=None)
 
 
-def cells(rows: Iterable[LeakageRow]) -> list[LeakageRow]:
-    """The strongest row of each deployment x position x channel x metric, in order."""
+def cells(rows: Iterable[LeakageRow], *, apart: bool = False) -> list[LeakageRow]:
+    """The strongest row of each deployment x position x channel x metric, in order.
+
+    apart: of those who attack alone and of coalitions, the strongest each.
+    """
     found: dict[tuple[object, ...], list[LeakageRow]] = {}
     for row in rows:
-        found.setdefault((row.scenario, row.deployment, spot(row), row.metric), []).append(row)
+        together = apart and colluders_in(row.attack) > 0
+        key = (row.scenario, row.deployment, spot(row), row.metric, together)
+        found.setdefault(key, []).append(row)
     return [best for group in found.values() if (best := strongest(group))]
 
 

@@ -58,7 +58,7 @@ def render(report: ReportData) -> str:
 def _answer(report: ReportData) -> list[tuple[str, list[LeakageRow]]]:
     """Deployment -> the strongest attack of each place and headline metric, and what failed."""
     shown = headlines(report.rows, _kinds(report))
-    best = cells(shown)
+    best = cells(shown, apart=True)
     lines = [row for row in shown if row in best or row.failed]
     return [(name, [r for r in lines if r.deployment == name]) for name in deployments(report)]
 

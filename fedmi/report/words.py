@@ -2,6 +2,7 @@
 
 import math
 
+from fedmi.exposure.words import Position, alone, colluders_in
 from fedmi.leakage.flags import name_of
 from fedmi.leakage.row import LeakageRow, split
 
@@ -168,7 +169,10 @@ def _has(row: LeakageRow, flag: str) -> bool:
 
 
 def by(row: LeakageRow) -> str:
-    return row.attack if row.round is None else f"{row.attack} in round {row.round}"
+    attack, others = row.attack, colluders_in(row.attack)
+    if others and row.position == Position.COMPUTE_PARTY:
+        attack = f"{alone(attack)}, {others + 1} parties together"
+    return attack if row.round is None else f"{attack} in round {row.round}"
 
 
 def reason(row: LeakageRow) -> str:

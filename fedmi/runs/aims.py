@@ -28,8 +28,7 @@ Coalition = Mapping[str, tuple[Confided, ...]]
 
 
 def view_of(cell: AttackCell, training: TrainingCell) -> View:
-    spot = (cell.attack.position, cell.attack.channel)
-    return next(v for v in training.deployment.views() if (v.position, v.channel) == spot)
+    return next(v for v in training.deployment.views() if cell.attack.can_read(v))
 
 
 def targets_of(
@@ -163,6 +162,7 @@ def knowledge_of(
 ) -> Knowledge:
     """What the position knows by nature, what the scenario grants and what colluders tell."""
     facts = view_of(cell, training).facts | cell.attack.knowledge
+    shared = cell.attack.position in (Position.COMPUTE_PARTY, Position.DEALER)
     shape, classes = split.private.shape, split.classes
     deployment = training.deployment
     recipe = deployment.recipe or training.recipe
@@ -178,7 +178,7 @@ def knowledge_of(
         work=deployment.work(recipe) if Fact.LOCAL_TRAINING in facts else None,
         labels=_labels(Truth(split, outcome.used), targets, facts) if Fact.LABELS in facts else {},
         num_examples=granted_examples(outcome, targets)
-        if Fact.NUM_EXAMPLES in cell.attack.knowledge
+        if Fact.NUM_EXAMPLES in (facts if shared else cell.attack.knowledge)
         else {},
         order={t.id: batch_order(outcome, t) for t in targets if t.clients}
         if Fact.BATCH_ORDER in facts

