@@ -152,9 +152,11 @@ class Trained:
         return self.task.split.private.take(self.rows(target)).inputs
 
     def recorded(self, target: Target) -> list[int]:
-        """Which records of the target are in a batch whose messages were kept."""
-        steps = self.outcome.order[1, target.clients[0]][: self.deployment.recorded_steps]
-        return sorted({row for step in steps for row in step})
+        """Which records of the target are in a batch whose messages were kept: those of the first
+        steps, and that of the first range check, at the end of this training of under an epoch."""
+        steps = self.outcome.order[1, target.clients[0]]
+        kept = [*steps[: self.deployment.recorded_steps], steps[-1]]
+        return sorted({row for step in kept for row in step})
 
 
 def trained(directory: Path, model: ModelSpec, parties: int, recorded_steps: int) -> Trained:

@@ -62,7 +62,8 @@ def largest_sum(network: nn.Sequential, inputs: torch.Tensor, bits: int) -> int:
 
 def small(seed: int, scale: float, convolutional: bool, positive: bool) -> nn.Sequential:
     torch.manual_seed(seed)
-    body: list[nn.Module] = [nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3)]
+    between = nn.ReLU() if seed % 2 else nn.Identity()
+    body: list[nn.Module] = [nn.Flatten(), nn.Linear(16, 5), between, nn.Linear(5, 3)]
     if convolutional:
         convolution = nn.Conv2d(1, 2, 3, padding=1)
         body = [convolution, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3)]
@@ -130,6 +131,27 @@ def test_ordinary_models_pass_by_far(spec: ModelSpec, shape: tuple[int, int, int
             weight.mul_(3)
     worst_case(network, 18)
     worst_case(network, 22)
+
+
+def test_negative_numbers_and_biases_count() -> None:
+    """-2^13 out of the first layer, times -2^13 in the second; or a bias of 2^26 alone."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 1))
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.fill_(-(2.0**13))
+        network[1].bias.zero_()
+    for bias in (0.0, 2.0**26):
+        with torch.no_grad():
+            network[3].bias.fill_(bias)
+        assert largest_sum(network, torch.ones(1, 1, 1), 18) >= 2**62
+        with pytest.raises(RangeError, match="layer 3"):
+            worst_case(network, 18)
+        with torch.no_grad():
+            network[3].weight.fill_(-1.0)
+    with torch.no_grad():
+        network[3].bias.fill_(-(2.0**26))
+    with pytest.raises(RangeError, match="layer 3"):
+        worst_case(network, 18)
 
 
 def test_inputs_beyond_one_are_another_question() -> None:

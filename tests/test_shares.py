@@ -342,3 +342,15 @@ def test_p_values_of_uniform_words_are_uniform(words: int) -> None:
     for level in (0.05, 0.5):
         spread = (level * (1 - level) / 400) ** 0.5
         assert abs((found < level).mean() - level) < 4 * spread + 0.02
+
+
+def test_boolean_shares_of_one_bit_a_byte_are_no_alarm_and_biased_ones_are() -> None:
+    rng = np.random.default_rng(4)
+    fair = {
+        f"message/{n:06d}/1/ALLGATHER": torch.from_numpy(rng.integers(0, 2, size, dtype=np.uint8))
+        for n, size in enumerate([40, 120, 240, 640, 1024] * 20)
+    }
+    assert p_value(fair) > 1e-3
+    biased = torch.from_numpy((rng.random(640) < 0.8).astype(np.uint8))
+    assert p_value({**fair, "message/000099/1/ALLGATHER": biased}) < 1e-6
+    assert p_value({"message/000000/1/ALLGATHER": torch.ones(640, dtype=torch.uint8)}) < 1e-6

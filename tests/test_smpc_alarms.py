@@ -24,6 +24,7 @@ from fedmi.models.classifiers import Softmax
 from fedmi.mpc import restate
 from fedmi.mpc.cluster import Cluster, Message, Shares
 from fedmi.mpc.cost import MPCCost, PartyCost
+from fedmi.mpc.errors import RangeError
 from fedmi.runs.training import in_service
 from fedmi.scenario.cells import TrainingCell
 from tests.deployment_fixtures import CLASSES, SHAPE, job
@@ -190,6 +191,43 @@ def test_messages_of_a_service_that_are_no_shares_are_flagged(
     assert named(seen.flags) == {"shares_not_uniform"}
     assert seen.cost is not None
     assert seen.cost.uniformity < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("weight", "pixel", "error", "words"),
+    [
+        (50.0, 7e4, ValueError, "query 0 holds 70000 at"),
+        (5e6, 1.0, RangeError, "layer 1: .* could make a sum of products of 1.85e.08"),
+    ],
+    ids=["query", "weights"],
+)
+def test_an_overflow_in_service_is_refused_before_anything_is_shared(
+    weight: float,
+    pixel: float,
+    error: type[Exception],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights and queries that may pass one by one, and not their sums."""
+    state = Softmax().build(SHAPE, CLASSES, Seed.root(3)).state_dict()
+    weights = {name: torch.full_like(each, weight) for name, each in state.items()}
+    model = Trained(weights, Softmax(), SHAPE, CLASSES)
+    shared: list[str] = []
+    share = Cluster.share
+
+    def note(cluster: Cluster, name: str, values: np.ndarray) -> None:
+        shared.append(name)
+        share(cluster, name, values)
+
+    monkeypatch.setattr(Cluster, "share", note)
+    with (
+        pytest.raises(error, match=words),
+        SMPCServing().door(model, Channel.LABELS, tmp_path) as door,
+    ):
+        door(torch.full((1, *SHAPE), pixel))
+    assert "x" not in shared
+    assert bool(shared) == (error is ValueError)
 
 
 COST = MPCCost("aby3", (PartyCost(1, 2, 3, 4, 5, 6),), 0, 1.0, 0.5, queries=7)

@@ -93,9 +93,9 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "shares_not_uniform": "What compute parties hold and receive failed the test that each "
         "tensor of it, and each pair that was tested, is uniform: shares that hide what they stand "
         "for pass it. Do not trust the sharing.",
-        "fixed_point_gap": "In fixed point under MPC the model's held-out accuracy came out further "
-        "from that of the same training in floating point than one per cent, or one and a half "
-        "held-out records where that is more; more fraction_bits may help.",
+        "fixed_point_gap": "In fixed point under MPC the model's accuracy on held-out records came "
+        "out further from that of the same training in floating point than one per cent, or one "
+        "and a half held-out records where that is more; more fraction_bits may help.",
         "fixed_point_error": "An answer under MPC was further from that of the same model in "
         "floating point than fixed-point rounding should put it.",
         "few_seeds": "Fewer than three seeds. The interval covers the choice of targets, not "

@@ -19,6 +19,8 @@ ALARM = 1e-6
 EXPECTED = 16
 """Fewest occurrences expected of each symbol; below, chi-square's tail is no measure."""
 FEWEST_BITS = 2 * EXPECTED
+TELLING = 32
+"""A bit that is zero in so many words is taken to be unused; by chance it is once in 2^32."""
 SEAL_HEADER = b"\x5e\xa1\x10"
 """Begins a ciphertext or key of Microsoft SEAL: magic 0xA15E little-endian, header of 16 bytes."""
 SMALLEST = float(np.finfo(np.float64).tiny)
@@ -43,9 +45,10 @@ def p_value_of(payloads: Iterable[Mapping[str, Tensor]]) -> float:
       sum of the k elements that the party holds of a number, and the difference between a row and
       the next (a mask used twice);
     - messages (`message/...`, uint8): as little-endian words of 64 bits if they are whole ones,
-      else as bytes; over the bits up to the highest that any word uses. The engine sends boolean
-      shares of narrow integers one a word and leaves the rest zero (SEMI2K: 36 bits of 64, in the
-      exponentials of softmax); how many follows from the public program. Not tested are the
+      else as bytes; over the bits that any word uses.
+      The engine sends boolean shares of narrow integers one a word or one a byte and leaves the
+      rest zero (SEMI2K: 36 bits of 64 in the exponentials of softmax, and with three parties single
+      bits, one a byte); how many follows from the public program. Not tested are the
       messages of a run that sends ciphertexts (CHEETAH: of SEAL, compressed, beside oblivious
       transfers of public, falling widths filled up with zeros): they hide by a computational
       assumption and are not uniform bytes;
@@ -135,7 +138,30 @@ def _ring(held: Ring, *, named: bool) -> Iterator[Words]:
 def _message(values: NDArray[np.uint8]) -> Words:
     data = np.ascontiguousarray(values.ravel())
     words = (data if len(data) % 8 else data.view("<u8")).astype(np.uint64)
-    return words, int(np.bitwise_or.reduce(words, initial=0)).bit_length()
+    return _packed(words, _used(words, data))
+
+
+def _used(words: Ring, data: NDArray[np.uint8]) -> int:
+    """Mask of the bits in use. In a few words a bit may be zero by chance: there all are taken to
+    be, up to the highest; of narrow boolean shares, so few say nothing, and the mask is 0.
+    """
+    seen, in_bytes = (int(np.bitwise_or.reduce(part, initial=0)) for part in (words, data))
+    if len(words) >= TELLING:
+        return seen
+    narrow = in_bytes != 0xFF and len(data) >= TELLING // 2
+    return 0 if narrow else int(2 ** seen.bit_length() - 1)
+
+
+def _packed(words: Ring, used: int) -> Words:
+    """The words with the bits that are not in use taken out."""
+    bits = used.bit_length()
+    if used == 2**bits - 1:  # also 0: nothing to test
+        return words, bits
+    places = [place for place in range(bits) if used >> place & 1]
+    kept = np.zeros_like(words)
+    for number, place in enumerate(places):
+        kept |= (words >> np.uint64(place) & np.uint64(1)) << np.uint64(number)
+    return kept, len(places)
 
 
 def _encrypted(payload: Mapping[str, Tensor]) -> bool:

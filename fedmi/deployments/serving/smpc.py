@@ -22,6 +22,7 @@ from fedmi.exposure.opening import Confided, Opener
 from fedmi.exposure.payload import store, total_bytes
 from fedmi.exposure.service import Service
 from fedmi.exposure.words import Channel, Fact, Position
+from fedmi.mpc.bounds import check_queries, worst_case
 from fedmi.mpc.cluster import Cluster, Shares
 from fedmi.mpc.compile import inference_program
 from fedmi.mpc.cost import MPCCost
@@ -30,7 +31,7 @@ from fedmi.mpc.program import Program
 from fedmi.mpc.restate import unsupported
 from fedmi.mpc.scheme import Protocol, Scheme
 from fedmi.mpc.uniformity import flags as uniformity_flags
-from fedmi.mpc.uniformity import p_value
+from fedmi.mpc.uniformity import p_value_of
 
 LOGIT_TOLERANCE = 1e-2
 """A larger error of an answer is flagged."""
@@ -103,7 +104,7 @@ class SMPCServing(Serving):
         error = float(np.abs(logits - exact).max())
         right = np.array([(z.argmax(1) == held.labels).mean() for z in (logits, exact)])
         masked = [dict(_starting(item, MASKED)) for item in seen]
-        uniform = min(map(p_value, masked))
+        uniform = p_value_of(masked)
         items = [store(item, directory / f"party-{r}.safetensors") for r, item in enumerate(seen)]
         cost = MPCCost.of(
             self.scheme,
@@ -159,7 +160,11 @@ class _Session:
     seconds: float = 0.0
 
     def ask(self, inputs: NDArray[np.float32], *, record: bool = False) -> NDArray[np.float32]:
-        """Answers [n, ...] to inputs [n, C, H, W]; record: keep what the parties get."""
+        """Answers [n, ...] to inputs [n, C, H, W]; record: keep what the parties get.
+
+        ValueError, before anything is shared, for inputs outside [0, 1].
+        """
+        check_queries(inputs)
         found = []
         for start in range(0, len(inputs), self.serving.batch):
             part = inputs[start : start + self.serving.batch]
@@ -213,9 +218,13 @@ class _Session:
 def _session(
     serving: SMPCServing, model: Trained, answer: Answer, directory: Path
 ) -> Iterator[_Session]:
-    """The parties, holding shares of the weights, as long as the context is open."""
+    """The parties, holding shares of the weights, as long as the context is open.
+
+    RangeError, before anything is shared, if some query could overflow with these weights.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     network = model.module()
+    worst_case(network, serving.fraction_bits)
     with Cluster(serving.scheme, directory) as cluster:
         weights = {f"p/{name}": tensor for name, tensor in network.named_parameters()}
         for name, tensor in weights.items():
