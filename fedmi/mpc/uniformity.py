@@ -143,12 +143,12 @@ def _message(values: NDArray[np.uint8]) -> Words:
 
 def _used(words: Ring, data: NDArray[np.uint8]) -> int:
     """Mask of the bits in use. In a few words a bit may be zero by chance: there all are taken to
-    be, up to the highest; of narrow boolean shares, so few say nothing, and the mask is 0.
+    be, up to the highest; so few bytes, or so few narrow boolean shares, say nothing: 0.
     """
     seen, in_bytes = (int(np.bitwise_or.reduce(part, initial=0)) for part in (words, data))
     if len(words) >= TELLING:
         return seen
-    narrow = in_bytes != 0xFF and len(data) >= TELLING // 2
+    narrow = in_bytes != 0xFF or len(data) < TELLING // 2
     return 0 if narrow else int(2 ** seen.bit_length() - 1)
 
 
