@@ -74,7 +74,7 @@ class SMPCServing(Serving):
 
     @property
     def protected_by(self) -> tuple[str, ...]:
-        return ("served by smpc",)
+        return ("smpc serving",)
 
     @property
     def compute_parties(self) -> int:
