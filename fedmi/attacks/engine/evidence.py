@@ -38,6 +38,7 @@ class Evidence:
     which of the target's records in which step; under Poisson sampling as many records as labels
     are granted, else as are expected. of_gradient: what crossed was a gradient.
     support: by name, a boolean mask of the entries that were seen; None = all of them.
+    input_shape: of one record, (C, H, W).
     """
 
     target: Target
@@ -46,6 +47,7 @@ class Evidence:
     gradient: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     plan: Plan
+    input_shape: tuple[int, int, int]
     of_gradient: bool = False
     support: Mapping[str, Tensor] | None = None
     flags: frozenset[str] = field(default_factory=frozenset)
@@ -110,6 +112,7 @@ def evidence_of(
             if name not in descent and name in base and seen.payload[name].is_floating_point()
         },
         plan=_plan(case, target, seen, shares),
+        input_shape=case.knowledge.input_shape,
         of_gradient=seen.is_gradient,
         support=support,
         flags=flags | _flags(descent) | unanswered(case),

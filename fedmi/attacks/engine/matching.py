@@ -1,149 +1,252 @@
 """Gradient matching: what is minimised, for many targets at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from fedmi.attacks.engine.distances import Distance, distance_of, softened
 from fedmi.attacks.engine.evidence import Evidence
 from fedmi.attacks.engine.network import Network, one_gradient, simulate
+from fedmi.attacks.engine.penalties import Given, Penalty, Trial, stacked
+from fedmi.attacks.engine.plan import Plan
+from fedmi.attacks.engine.unknowns import Pixels, Unknown
 from fedmi.exposure.recipe import LocalWork
+from fedmi.exposure.seeding import Seed
 
-Given = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
-"""descent, its support and running statistics of one problem, or stacked of many."""
+Known = tuple[Given, Given, list[Given]]
+"""The update, its support, and what each penalty knows: of one problem, or stacked of many."""
+Coupling = Callable[[Tensor], Tensor]
+"""Points of all restarts [problems, restarts, ...] -> what is added to their losses, [problems,
+restarts]."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """One target's search: what to match, and by restart the labels and where to start.
 
-    labels: [restarts, n]; starts: [restarts, n, C, H, W].
+    labels: [restarts, n]; starts: [restarts, ...], points of the `Unknown`, such as pixels
+    [restarts, n, C, H, W]. seed: of what is drawn on the way.
     """
 
     evidence: Evidence
     labels: Tensor
     starts: Tensor
+    seed: Seed
 
 
 @dataclass(frozen=True)
 class Matching:
-    """(cosine distance + bn_weight distance of the batch statistics) / unit + tv_weight TV.
+    """(distance + relative penalties) / unit + other penalties.
 
-    unit: the same distance for a grey image, per problem. Distances differ by five orders of
+    unit "grey": the same distance for a grey image, per problem. Distances differ by five orders of
     magnitude between architectures (a sigmoid LeNet 1e-6, a ReLU MLP 1e-1); in this unit one
-    weight of the total variation serves them all.
-    work: the local training to simulate, or None to compare with one gradient. Batch statistics
-    count where the update carries them, bn_weight > 0 and `work` is given. Only entries in the
+    weight of the total variation serves them all. "absolute": 1, as papers have it.
+    work: the local training to simulate, or None to compare with one gradient. Only entries in the
     evidence's support are compared. signs: the update is a sign times a scale a tensor, and is
-    compared with `softened` signs.
+    compared with `softened` signs. compiled: by torch.compile, for thousands of steps.
     """
 
     network: Network
     work: LocalWork | None
-    tv_weight: float
-    bn_weight: float = 0.0
+    distance: Distance = "cosine"
+    penalties: tuple[Penalty, ...] = ()
+    unit: Literal["grey", "absolute"] = "grey"
+    unknown: Unknown = field(default_factory=Pixels)
+    coupling: Coupling | None = None
     signs: bool = False
+    compiled: bool = False
 
-    def objective(self, problems: Sequence[Problem]) -> Callable[[Tensor], Tensor]:
-        """[problems x restarts, n, C, H, W] -> losses [problems x restarts]; one plan for all."""
-        restarts, plan = len(problems[0].starts), problems[0].evidence.plan
-        labels = torch.stack([problem.labels for problem in problems])
-        descents = _stack([dict(problem.evidence.descent) for problem in problems])
-        wanted = _stack([self._statistics(problem.evidence) for problem in problems])
-        supports = _supports([problem.evidence for problem in problems])
+    def objective(self, problems: Sequence[Problem]) -> "MatchingObjective":
+        """Of problems with one plan and as many restarts each.
 
-        def distance(inputs: Tensor, labels: Tensor, given: Given) -> Tensor:
-            descent, support, statistics = given
-            if self.work is None:
-                found, seen = one_gradient(self.network, inputs, labels)
-            else:
-                found, seen = simulate(self.network, inputs, labels, plan, self.work)
-            matched = cosine_distance(softened(found) if self.signs else found, descent, support)
-            return matched + self.bn_weight * relative_distance(seen, statistics)
+        One batched function, or problem by problem where there is but one, or where vmap refuses
+        the module.
+        """
+        if len(problems) * len(problems[0].starts) == 1 and not self.compiled:
+            return self._one_by_one(problems)
+        try:
+            found = self._objective(problems)
+            found.losses(found.points_of(problems))
+        except RuntimeError:
+            return self._one_by_one(problems)
+        return found
 
-        given: Given = (descents, supports, wanted)
-        grey = torch.full_like(problems[0].starts[0], 0.5)
-        with torch.no_grad():
-            unit = vmap(distance, in_dims=(None, 0, 0))(grey, labels[:, 0], given)
-            unit = unit.clamp_min(1e-12)
+    def _one_by_one(self, problems: Sequence[Problem]) -> "MatchingObjective":
+        slow = replace(self, network=self.network.one_by_one(), compiled=False)
+        return slow._objective(problems)
 
-        def loss(inputs: Tensor, labels: Tensor, given: Given, unit: Tensor) -> Tensor:
-            matched = distance(inputs, labels, given) / unit
-            return matched + self.tv_weight * total_variation(inputs)
+    def _objective(self, problems: Sequence[Problem]) -> "MatchingObjective":
+        evidence = [problem.evidence for problem in problems]
+        some = next(iter(self.network.parameters.values()))
+        known: Known = (
+            _like(stacked([dict(self._wanted(item)) for item in evidence]), some),
+            _like(_supports(evidence), some),
+            [
+                _like(stacked([penalty.given(item, self.network) for item in evidence]), some)
+                for penalty in self.penalties
+            ],
+        )
+        labels = torch.stack([problem.labels for problem in problems]).to(some.device)
+        found = MatchingObjective(self, evidence[0].plan, labels, known, some.new_ones(len(labels)))
+        return replace(found, unit=self._units(found, problems))
 
-        batched = vmap(vmap(loss, in_dims=(0, 0, None, None)))
-        shape = (len(problems), restarts, *grey.shape)
-        return lambda inputs: batched(inputs.view(shape), labels, given, unit).flatten()
+    def _wanted(self, evidence: Evidence) -> Given:
+        return dict(evidence.gradient if self.work is None else evidence.descent)
 
-    def _statistics(self, evidence: Evidence) -> dict[str, Tensor]:
-        """The part of the observed running statistics that the update's own batches explain."""
-        if self.work is None or not self.bn_weight:
-            return {}
-        wanted: dict[str, Tensor] = {}
-        for prefix, layer in self.network.statistics.items():
-            kept = sum(
-                share * (1 - layer.momentum) ** len(steps)
-                for share, steps in zip(evidence.plan.shares, evidence.plan.parties, strict=True)
-            )
-            for name in (f"{prefix}.running_mean", f"{prefix}.running_var"):
-                if name in evidence.buffers:
-                    wanted[name] = evidence.buffers[name] - kept * evidence.base[name]
-        return wanted
+    def _units(self, objective: "MatchingObjective", problems: Sequence[Problem]) -> Tensor:
+        """The distance of a grey image, of each problem."""
+        if self.unit == "absolute":
+            return objective.unit
+        size = (problems[0].labels.shape[1], *problems[0].evidence.input_shape)
+        grey = objective.unit.new_full((len(problems), *size), 0.5)
+        plain = replace(self, penalties=tuple(p for p in self.penalties if p.relative))
+        plain = replace(plain, unknown=Pixels(), coupling=None, compiled=False)
+        which = [index for index, p in enumerate(self.penalties) if p.relative]
+        known = (*objective.known[:2], [objective.known[2][index] for index in which])
+        alone = replace(objective, matching=plain, labels=objective.labels[:, :1], known=known)
+        return alone.losses(grey).clamp_min(1e-12)
+
+    def loss(self, point: Tensor, labels: Tensor, known: Known, unit: Tensor, plan: Plan) -> Tensor:
+        """Of one point of one problem."""
+        descent, support, given = known
+        inputs, labels = self.unknown.decode(point, labels)
+        if self.work is None:
+            found, seen = one_gradient(self.network, inputs, labels)
+        else:
+            found, seen = simulate(self.network, inputs, labels, plan, self.work)
+        trial = Trial(inputs, labels, found, seen)
+        compared = softened(found) if self.signs else found
+        total = distance_of(self.distance, compared, descent, support) / unit
+        for penalty, item in zip(self.penalties, given, strict=True):
+            value = penalty.weight * penalty.value(trial, item, self.network)
+            total = total + (value / unit if penalty.relative else value)
+        return total
 
 
-def cosine_distance(
-    found: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
-    support: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """1 - cos(found, wanted), all parameters as one vector (Geiping et al., 2020, eq. 4).
+@dataclass(frozen=True)
+class MatchingObjective:
+    """The losses of many problems; see `descent.Objective`.
 
-    support: by name, 1 for an entry that counts and 0 for one that does not; empty = all count.
-
-    Computed as half the squared distance of the unit vectors: 1 - cos in float32 would stop at
-    1e-7, which on a sigmoid LeNet is already in sight from a grey image.
+    labels: [problems, restarts, n]; known: stacked over problems; unit: [problems].
     """
-    if support:
-        found = {name: part * support[name] for name, part in found.items()}
-        wanted = {name: part * support[name] for name, part in wanted.items()}
-    found_norm, wanted_norm = _norm(found), _norm(wanted)
-    parts = [found[name] / found_norm - part / wanted_norm for name, part in wanted.items()]
-    return torch.stack([part.square().sum() for part in parts]).sum() / 2
+
+    matching: Matching
+    plan: Plan
+    labels: Tensor
+    known: Known
+    unit: Tensor
+
+    @property
+    def restarts(self) -> int:
+        return self.labels.shape[1]
+
+    def points_of(self, problems: Sequence[Problem]) -> Tensor:
+        """Where the searches start, [problems x restarts, ...]."""
+        return torch.cat([problem.starts for problem in problems]).to(self.unit)
+
+    def losses(self, points: Tensor) -> Tensor:
+        if self.matching.network.plain:
+            return torch.stack([self._one(row, point).detach() for row, point in enumerate(points)])
+        with torch.no_grad():
+            return self._batched(points)
+
+    def slope(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        if self.matching.network.plain:
+            return self._slopes_one_by_one(points)
+        with torch.enable_grad():
+            at = points.detach().requires_grad_()
+            losses = self._batched(at)
+            (slopes,) = torch.autograd.grad(losses.sum(), [at])
+        return losses.detach(), slopes
+
+    def kept(self, problems: Tensor) -> "MatchingObjective":
+        descent, support, given = self.known
+        known: Known = (
+            _rows(descent, problems),
+            _rows(support, problems),
+            [_rows(item, problems) for item in given],
+        )
+        return replace(self, labels=self.labels[problems], known=known, unit=self.unit[problems])
+
+    def _batched(self, points: Tensor) -> Tensor:
+        """One vmap over problems, and one over restarts where there are several."""
+
+        def loss(point: Tensor, labels: Tensor, known: Known, unit: Tensor) -> Tensor:
+            return self.matching.loss(point, labels, known, unit, self.plan)
+
+        every = points.view(len(self.unit), self.restarts, *points.shape[1:])
+        if self.restarts == 1:
+            function = vmap(loss)
+            losses = self._run(function, every[:, 0], self.labels[:, 0])
+        else:
+            function = vmap(vmap(loss, in_dims=(0, 0, None, None)))
+            losses = self._run(function, every, self.labels).flatten()
+        return losses + self._coupled(every)
+
+    def _run(self, function: Callable[..., Tensor], points: Tensor, labels: Tensor) -> Tensor:
+        if self.matching.compiled:
+            function = torch.compile(function)
+        return function(points, labels, self.known, self.unit)
+
+    def _coupled(self, every: Tensor) -> Tensor:
+        coupling = self.matching.coupling
+        return coupling(every).flatten() if coupling else every.new_zeros(())
+
+    def _slopes_one_by_one(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        losses, slopes = list[Tensor](), list[Tensor]()
+        for row, point in enumerate(points):
+            at = point.detach().requires_grad_()
+            loss = self._one(row, at)
+            slopes += torch.autograd.grad(loss, [at])
+            losses.append(loss.detach())
+        found, slope = torch.stack(losses), torch.stack(slopes)
+        if self.matching.coupling is None:
+            return found, slope
+        with torch.enable_grad():
+            every = points.detach().requires_grad_()
+            added = self._coupled(every.view(len(self.unit), self.restarts, *points.shape[1:]))
+            (more,) = torch.autograd.grad(added.sum(), [every])
+        return found + added.detach(), slope + more
+
+    @torch.enable_grad()
+    def _one(self, row: int, point: Tensor) -> Tensor:
+        """The loss of one row, with its graph."""
+        problem, restart = divmod(row, self.restarts)
+        descent, support, given = self.known
+        known = (
+            _row(descent, problem),
+            _row(support, problem),
+            [_row(item, problem) for item in given],
+        )
+        labels, unit = self.labels[problem, restart], self.unit[problem]
+        found: Tensor = self.matching.loss(point, labels, known, unit, self.plan)
+        return found
 
 
-def softened(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """tanh(g / mean |g|) times that mean, a tensor: sign compression with a slope."""
-    means = {name: part.abs().mean().clamp_min(1e-30) for name, part in found.items()}
-    return {name: means[name] * torch.tanh(part / means[name]) for name, part in found.items()}
+def _row(parts: Given, row: int) -> Given:
+    return {name: part[row] for name, part in parts.items()}
 
 
-def relative_distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
-    """Mean over names of |found - wanted|^2 / |wanted|^2; zero for no names."""
-    parts = [
-        (found[name] - target).square().sum() / target.square().sum().clamp_min(1e-12)
-        for name, target in wanted.items()
-    ]
-    return torch.stack(parts).mean() if parts else torch.zeros(())
+def _rows(parts: Given, rows: Tensor) -> Given:
+    return {name: part[rows] for name, part in parts.items()}
 
 
-def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of vertical plus that of horizontal neighbours; [n, C, H, W]."""
-    down = images[..., 1:, :] - images[..., :-1, :]
-    right = images[..., :, 1:] - images[..., :, :-1]
-    return down.abs().mean() + right.abs().mean()
+def _like(parts: Given, other: Tensor) -> Given:
+    return {
+        name: part.to(other) if part.is_floating_point() else part.to(other.device)
+        for name, part in parts.items()
+    }
 
 
-def _stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-
-
-def _supports(items: Sequence[Evidence]) -> dict[str, Tensor]:
+def _supports(items: Sequence[Evidence]) -> Given:
     """0 or 1 for every entry, stacked; nothing where every entry of every item was seen."""
     if all(item.support is None for item in items):
         return {}
-    return _stack(
+    return stacked(
         [
             {
                 name: (item.support or {}).get(name, torch.ones_like(part)).to(part.dtype)
@@ -152,8 +255,3 @@ def _supports(items: Sequence[Evidence]) -> dict[str, Tensor]:
             for item in items
         ]
     )
-
-
-def _norm(parts: Mapping[str, Tensor]) -> Tensor:
-    squares = torch.stack([part.square().sum() for part in parts.values()])
-    return squares.sum().clamp_min(1e-30).sqrt()

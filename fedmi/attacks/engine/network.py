@@ -1,7 +1,7 @@
 """A model as a pure function of its parameters, and the local training of it as another."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,15 @@ class Network:
     """`module` holds no state that counts: parameters and buffers are handed in at each call.
 
     statistics: prefix of each batch normalisation layer that normalises by the batch.
+    plain: slopes are taken by torch.autograd, which asks nothing of the module; else by torch.func,
+    which can be batched by vmap.
     """
 
     module: nn.Module
     parameters: Weights
     buffers: Weights
     statistics: dict[str, BatchStatistics]
+    plain: bool = False
 
     def loss(self, weights: Weights, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Weights]:
         """Mean cross-entropy, and the batch statistics by name of the running buffer."""
@@ -58,6 +61,34 @@ class Network:
                 seen[f"{prefix}.running_mean"], seen[f"{prefix}.running_var"] = layer.seen
                 layer.seen = None
         return cross_entropy(logits, labels), seen
+
+    def slopes(self, weights: Weights, inputs: Tensor, labels: Tensor) -> tuple[Weights, Weights]:
+        """Gradient of `loss` in the weights, and the batch statistics; differentiable in both."""
+        if not self.plain:
+            slopes, seen = grad(self.loss, has_aux=True)(weights, inputs, labels)
+            return slopes, seen
+        loss, seen = self.loss(weights, inputs, labels)
+        found = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        return dict(zip(weights, found, strict=True)), seen
+
+    def one_by_one(self) -> "Network":
+        """The same, for modules that vmap refuses and for a single problem, where it is faster."""
+        leaves = {name: w.detach().requires_grad_() for name, w in self.parameters.items()}
+        return replace(self, parameters=leaves, plain=True)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Network":
+        """The same on a device, in a type of floating point."""
+
+        def moved(tensors: Weights) -> Weights:
+            return {
+                name: t.to(device, dtype if t.is_floating_point() else t.dtype)
+                for name, t in tensors.items()
+            }
+
+        module = self.module.to(device, dtype)
+        return replace(
+            self, module=module, parameters=moved(self.parameters), buffers=moved(self.buffers)
+        )
 
 
 def load(build: Callable[[], nn.Module], state: Mapping[str, Tensor], mode: str) -> Network:
@@ -104,8 +135,7 @@ def simulate(
 
 def one_gradient(network: Network, inputs: Tensor, labels: Tensor) -> tuple[Weights, Weights]:
     """Gradient of the mean loss at the network's own weights, and the batch statistics."""
-    gradient, seen = grad(network.loss, has_aux=True)(network.parameters, inputs, labels)
-    return gradient, seen
+    return network.slopes(network.parameters, inputs, labels)
 
 
 def _divisors(plan: Plan, work: LocalWork) -> list[int]:
@@ -145,8 +175,7 @@ def _slopes(
     if not rows:
         return {name: torch.zeros_like(weight) for name, weight in weights.items()}, {}
     index = list(rows)
-    slopes, seen = grad(network.loss, has_aux=True)(weights, inputs[index], labels[index])
-    return slopes, seen
+    return network.slopes(weights, inputs[index], labels[index])
 
 
 def _running(network: Network, running: Weights, seen: Weights) -> Weights:

@@ -2,8 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from fedmi.attacks.base import Case, Reconstruction
-from fedmi.attacks.engine.evidence import UPDATES, read
+from fedmi.attacks.engine.evidence import UPDATES
 from fedmi.attacks.engine.inversion import Inversion
 
 
@@ -35,6 +34,3 @@ class InvertingGradients(Inversion):
     )
 
     channels: ClassVar = UPDATES
-
-    def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
-        return self.invert(case, read(case, self.channel))

@@ -1,0 +1,61 @@
+"""How far a simulated update is from the observed one."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Parts = Mapping[str, Tensor]
+Distance = Literal["cosine", "l2", "l1"]
+
+
+def distance_of(kind: Distance, found: Parts, wanted: Parts, support: Parts) -> Tensor:
+    """The distance of this kind over the entries whose support is 1; empty support = all."""
+    if support:
+        found = {name: part * support[name] for name, part in found.items()}
+        wanted = {name: part * support[name] for name, part in wanted.items()}
+    return {"cosine": cosine, "l2": squared, "l1": absolute}[kind](found, wanted)
+
+
+def cosine(found: Parts, wanted: Parts) -> Tensor:
+    """1 - cos(found, wanted), all parameters as one vector (Geiping et al., 2020, eq. 4).
+
+    Computed as half the squared distance of the unit vectors: 1 - cos in float32 would stop at
+    1e-7, which on a sigmoid LeNet is already in sight from a grey image.
+    """
+    ours, theirs = norm(found), norm(wanted)
+    parts = [(found[name] / ours - part / theirs).square().sum() for name, part in wanted.items()]
+    return torch.stack(parts).sum() / 2
+
+
+def squared(found: Parts, wanted: Parts) -> Tensor:
+    """|found - wanted|^2 over all parameters (Zhu et al., 2019, eq. 4)."""
+    parts = [(found[name] - part).square().sum() for name, part in wanted.items()]
+    return torch.stack(parts).sum()
+
+
+def absolute(found: Parts, wanted: Parts) -> Tensor:
+    """|found - wanted|_1 over all parameters."""
+    return torch.stack([(found[name] - part).abs().sum() for name, part in wanted.items()]).sum()
+
+
+def relative(found: Parts, wanted: Parts) -> Tensor:
+    """Mean over names of |found - wanted|^2 / |wanted|^2; zero for no names."""
+    parts = [
+        (found[name] - target).square().sum() / target.square().sum().clamp_min(1e-12)
+        for name, target in wanted.items()
+    ]
+    return torch.stack(parts).mean() if parts else torch.zeros(())
+
+
+def softened(found: Parts) -> dict[str, Tensor]:
+    """tanh(g / mean |g|) times that mean, a tensor: sign compression with a slope."""
+    means = {name: part.abs().mean().clamp_min(1e-30) for name, part in found.items()}
+    return {name: means[name] * torch.tanh(part / means[name]) for name, part in found.items()}
+
+
+def norm(parts: Parts) -> Tensor:
+    """Euclidean norm of all parts as one vector."""
+    squares = torch.stack([part.square().sum() for part in parts.values()])
+    return squares.sum().clamp_min(1e-30).sqrt()

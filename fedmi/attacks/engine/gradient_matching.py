@@ -1,0 +1,327 @@
+"""Attacks that search for records whose update is the observed one: what they all share."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fedmi.attacks.base import Attack, Case, Reconstruction
+from fedmi.attacks.engine import adaptive
+from fedmi.attacks.engine.assumed import Assumed
+from fedmi.attacks.engine.batching import bytes_per_problem, chunks
+from fedmi.attacks.engine.descent import Objective, Schedule, minimise
+from fedmi.attacks.engine.distances import Distance
+from fedmi.attacks.engine.evidence import MUTE, AttackError, Evidence, blind, read
+from fedmi.attacks.engine.labels import recover
+from fedmi.attacks.engine.matching import Coupling, Matching, Problem
+from fedmi.attacks.engine.network import load
+from fedmi.attacks.engine.penalties import Penalty
+from fedmi.attacks.engine.plan import Plan, deal, one_step
+from fedmi.attacks.engine.protected import names
+from fedmi.attacks.engine.unknowns import Pixels, Unknown
+from fedmi.exposure.recipe import LocalWork
+from fedmi.exposure.words import Fact
+
+SCOUTING = 5
+"""A search among label orders takes a fifth of the steps."""
+
+Progress = Callable[[float], None]
+
+
+class GradientMatching(Attack):
+    """What every attack that matches updates can be asked.
+
+    A subclass says how it goes down (`schedule`), what it compares by (`distance`), what else it
+    minimises (`penalties`), what it moves (`unknown`, `start`) and how that is read in the end
+    (`answer`). All targets and restarts of one round and plan are one batch, chunked to
+    `memory_mb`; the best iterate of the best restart is chosen by the attack's own loss.
+    """
+
+    steps: int = Field(default=600, ge=1, le=1_000_000, description="evaluations of the loss")
+    restarts: int = Field(default=1, ge=1, le=1024, description="random starts a target")
+    init: Literal["normal", "uniform", "grey", "patterned"] = Field(
+        default="normal",
+        description="start: N(0.5, 0.25) clamped, U(0, 1), 0.5 everywhere, or a random 4x4 tile "
+        "repeated",
+    )
+    local_simulation: bool = Field(
+        default=True, description="simulate local steps; off: read the update as one gradient"
+    )
+    label_orders: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="ways to deal the labels over the local steps that a short search tries, where "
+        "the order is not known",
+    )
+    adaptive: bool = Field(
+        default=True, description="leave out of matching what a known protection has destroyed"
+    )
+    assume: Assumed = Field(default=Assumed(), description="what it takes the training to be")
+    patience: int = Field(
+        default=0, ge=0, description="steps without improvement after which a target stops; 0 = off"
+    )
+    stop_below: float = Field(default=0.0, ge=0, description="loss at which a target is solved")
+    precision: Literal["float32", "float64"] = Field(default="float32", description="of the search")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where it runs; auto = a GPU if there is one"
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile: pays from some thousands of steps"
+    )
+    memory_mb: int = Field(default=1024, ge=16, description="memory one batch of targets may take")
+
+    needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
+    uses: ClassVar = frozenset({Fact.LABELS, Fact.BATCH_ORDER, Fact.PUBLIC_DATA})
+
+    distance_kind: ClassVar[Distance] = "cosine"
+
+    @model_validator(mode="after")
+    def _compiled_runs_to_its_end(self) -> "GradientMatching":
+        if self.compile and (self.patience or self.stop_below):
+            raise ValueError(
+                "compile = true runs every step for all targets; leave out patience and stop_below"
+            )
+        return self
+
+    @abstractmethod
+    def schedule(self) -> Schedule:
+        """How the search goes down."""
+
+    def penalties(self, case: Case, evidence: Evidence) -> tuple[Penalty, ...]:
+        """What is minimised beside the distance, for a group of alike targets."""
+        return ()
+
+    def unknown(self, case: Case, evidence: Evidence) -> Unknown:
+        """What is moved, for a group of alike targets."""
+        return Pixels()
+
+    def coupling(self, case: Case, evidence: Evidence) -> Coupling | None:
+        """What restarts of a target have to do with one another."""
+        return None
+
+    def unit(self) -> Literal["grey", "absolute"]:
+        """What the distance is measured in."""
+        return "grey"
+
+    def labels_of(self, case: Case, evidence: Evidence) -> Tensor:
+        """The labels it searches with, [n]: granted, or recovered first."""
+        target = evidence.target
+        if target.id not in case.knowledge.labels:
+            return recover(case, evidence)[0]
+        labels = case.knowledge.labels[target.id]
+        if len(labels) != evidence.records:
+            raise AttackError(
+                f"target '{target.id}': {len(labels)} labels granted, but the update holds "
+                f"{evidence.records} records"
+            )
+        return labels
+
+    def planned(self, case: Case, evidence: Evidence) -> Evidence:
+        """The evidence with the plan that is simulated."""
+        if self.simulates(evidence):
+            return evidence
+        return replace(evidence, plan=one_step(evidence.records))
+
+    def start(self, case: Case, evidence: Evidence, number: int) -> Tensor:
+        """Where a restart starts: a point of the unknown."""
+        return self.image_start(case, evidence, number, evidence.plan.records)
+
+    def answer(
+        self, problem: Problem, points: Tensor, losses: Tensor, unknown: Unknown
+    ) -> Reconstruction:
+        """The target's answer from where its restarts ended; points [restarts, ...]."""
+        winner = int(losses.argmin())
+        samples, labels = unknown.decode(points[winner], problem.labels[winner])
+        return Reconstruction(
+            target=problem.evidence.target,
+            samples=samples.clamp(0, 1),
+            labels=labels.argmax(-1) if labels.dim() > 1 else labels,
+            confidence=-losses[winner].repeat(len(samples)),
+            flags=problem.evidence.flags,
+        )
+
+    def search(
+        self, matching: Matching, problems: Sequence[Problem], schedule: Schedule, report: Progress
+    ) -> tuple[Tensor, Tensor]:
+        """(points [problems, restarts, ...], losses [problems, restarts])."""
+        objective = self.objective(matching, problems)
+        starts = torch.cat([problem.starts for problem in problems]).to(self.torch_device)
+        noise = [rng for problem in problems for rng in self._noise(problem)]
+        project = matching.unknown.project
+        found, losses = minimise(objective, starts.to(self.dtype), schedule, project, noise, report)
+        every = (len(problems), -1)
+        return found.view(*every, *found.shape[1:]), losses.view(*every)
+
+    def objective(self, matching: Matching, problems: Sequence[Problem]) -> Objective:
+        """What is minimised for these problems."""
+        return matching.objective(problems)
+
+    def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
+        case, flags = self.assume.applied(case)
+        seen = [
+            replace(item, flags=item.flags | flags | self._unknowable(case))
+            for item in read(case, self.channel)
+        ]
+        return self.invert(case, seen)
+
+    def invert(self, case: Case, seen: Sequence[Evidence]) -> tuple[Reconstruction, ...]:
+        """The answers to the case's targets, whatever way their evidence was come by.
+
+        Evidence with a flag of `MUTE` says nothing and is answered blindly.
+        """
+        answers = {item.target.id: blind(case, item) for item in seen if item.flags & MUTE}
+        groups: dict[tuple[int | None, Plan], list[Problem]] = {}
+        for item in seen:
+            if not item.flags & MUTE:
+                problem = self._problem(case, item)
+                groups.setdefault((item.target.round, problem.evidence.plan), []).append(problem)
+        done, total = 0, sum(map(len, groups.values()))
+        for problems in groups.values():
+            matching = self.matching(case, problems[0].evidence)
+            for part in chunks(problems, self._fitting(matching, problems[0])):
+                report = _report(case, done / total, len(part) / total)
+                answers |= {a.target.id: a for a in self._solve(matching, part, report)}
+                done += len(part)
+        case.progress(1.0)
+        return tuple(answers[target.id] for target in case.targets)
+
+    def simulates(self, evidence: Evidence) -> bool:
+        return self.local_simulation and not evidence.of_gradient
+
+    def matching(self, case: Case, evidence: Evidence) -> Matching:
+        """What is compared, for a group of alike targets."""
+        assert case.knowledge.build is not None
+        work = case.knowledge.work or LocalWork()
+        network = load(case.knowledge.build, evidence.base, work.recipe.mode)
+        return Matching(
+            network=network.to(self.torch_device, self.dtype),
+            work=work if self.simulates(evidence) else None,
+            distance=self.distance_kind,
+            penalties=self.penalties(case, evidence),
+            unit=self.unit(),
+            unknown=self.unknown(case, evidence),
+            coupling=self.coupling(case, evidence),
+            signs=self.adaptive and names(case, adaptive.SIGNS),
+            compiled=self.compile,
+        )
+
+    def image_start(self, case: Case, evidence: Evidence, number: int, records: int) -> Tensor:
+        """Images [records, C, H, W] as `init` says, drawn for this target and restart."""
+        rng = case.seed.child(evidence.target.id, number).torch()
+        shape = (records, *case.knowledge.input_shape)
+        if self.init == "normal":
+            return (0.5 + 0.25 * torch.randn(shape, generator=rng)).clamp(0, 1)
+        if self.init == "uniform":
+            return torch.rand(shape, generator=rng)
+        if self.init == "patterned":
+            tile = torch.rand(*shape[:2], 4, 4, generator=rng)
+            down, right = -(-shape[2] // 4), -(-shape[3] // 4)
+            return tile.repeat(1, 1, down, right)[..., : shape[2], : shape[3]].contiguous()
+        return torch.full(shape, 0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device asked for; AttackError for a GPU that is not there."""
+        there = torch.cuda.is_available()
+        if self.device == "cuda" and not there:
+            raise AttackError('device = "cuda", but torch sees no GPU here: use "auto" or "cpu"')
+        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
+
+    def _problem(self, case: Case, evidence: Evidence) -> Problem:
+        """Labels, starts and the plan for one target."""
+        if self.adaptive:
+            evidence = adaptive.adapted(case, evidence)
+        labels = self.labels_of(case, evidence)
+        evidence = self.planned(case, evidence)
+        tries = self._tries(case, evidence)
+        starts = [self.start(case, evidence, number) for number in range(tries)]
+        dealt = [self.dealt(case, evidence, labels, number) for number in range(tries)]
+        return Problem(
+            evidence, torch.stack(dealt), torch.stack(starts), case.seed.child(evidence.target.id)
+        )
+
+    def _tries(self, case: Case, evidence: Evidence) -> int:
+        """Starts a target: more than the restarts where the labels' order has to be found."""
+        known = Fact.BATCH_ORDER in case.knowledge.facts or not evidence.plan.order_matters
+        return self.restarts if known else max(self.restarts, self.label_orders)
+
+    def dealt(self, case: Case, evidence: Evidence, labels: Tensor, number: int) -> Tensor:
+        """The labels in the granted order, or dealt over the steps: evenly, then at random."""
+        if Fact.BATCH_ORDER in case.knowledge.facts:
+            return labels
+        if not number or not evidence.plan.order_matters:
+            return deal(labels, evidence.plan)
+        rng = case.seed.child(evidence.target.id, "order", number).torch()
+        return labels.sort().values[torch.randperm(len(labels), generator=rng)]
+
+    def _noise(self, problem: Problem) -> list[torch.Generator]:
+        seeds = (problem.seed.child("noise", n) for n in range(len(problem.starts)))
+        return [seed.torch() for seed in seeds] if self.schedule().noise else []
+
+    def _fitting(self, matching: Matching, problem: Problem) -> int:
+        """How many targets, with all their restarts, fit the memory budget; at least one."""
+        plan = problem.evidence.plan
+        steps = sum(len(steps) for steps in plan.parties)
+        shape = (plan.records, *problem.evidence.input_shape)
+        some = next(iter(matching.network.parameters.values()))
+        need = bytes_per_problem(matching.network, some.new_full(shape, 0.5), steps)
+        return max(1, self.memory_mb * 2**20 // (need * len(problem.starts)))
+
+    def _solve(
+        self, matching: Matching, problems: Sequence[Problem], report: Progress
+    ) -> list[Reconstruction]:
+        schedule = self.schedule()
+        if len(problems[0].starts) > self.restarts:
+            problems = self._scouted(matching, problems, lambda share: report(share / 2))
+        points, losses = self.search(matching, problems, schedule, report)
+        return [
+            _at_home(self.answer(problem, points[row], losses[row], matching.unknown))
+            for row, problem in enumerate(problems)
+        ]
+
+    def _scouted(
+        self, matching: Matching, problems: Sequence[Problem], report: Progress
+    ) -> list[Problem]:
+        """Each problem with the starts, as far as a short search took them, of lowest loss."""
+        schedule = self.schedule()
+        short = replace(schedule, steps=max(1, schedule.steps // SCOUTING))
+        reached, losses = self.search(matching, problems, short, report)
+        best = losses.argsort(1)[:, : self.restarts].cpu()
+        return [
+            replace(problem, labels=problem.labels[chosen], starts=reached[row, chosen])
+            for row, (problem, chosen) in enumerate(zip(problems, best, strict=True))
+        ]
+
+    def _unknowable(self, case: Case) -> frozenset[str]:
+        """Dropout masks of a client in train mode are drawn by it, and simulated as off."""
+        work, build = case.knowledge.work, case.knowledge.build
+        if build is None or work is None or work.recipe.mode != "train":
+            return frozenset()
+        kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+        drops = any(isinstance(module, kinds) and module.p > 0 for module in build().modules())
+        return frozenset({"dropout_masks_unknown"}) if drops else frozenset()
+
+
+def _at_home(found: Reconstruction) -> Reconstruction:
+    """On the CPU, in float32."""
+    assert found.samples is not None
+    assert found.labels is not None
+    return replace(
+        found,
+        samples=found.samples.detach().float().cpu(),
+        labels=found.labels.cpu(),
+        confidence=found.confidence.float().cpu(),
+    )
+
+
+def _report(case: Case, start: float, size: float) -> Progress:
+    return lambda share: case.progress(start + share * size)
