@@ -38,7 +38,7 @@ class Evidence:
     which of the target's records in which step; under Poisson sampling as many records as labels
     are granted, else as are expected. of_gradient: what crossed was a gradient.
     support: by name, a boolean mask of the entries that were seen; None = all of them.
-    input_shape: of one record, (C, H, W).
+    input_shape: of one record, (C, H, W). round: in which it was seen.
     """
 
     target: Target
@@ -48,6 +48,7 @@ class Evidence:
     buffers: Mapping[str, Tensor]
     plan: Plan
     input_shape: tuple[int, int, int]
+    round: int
     of_gradient: bool = False
     support: Mapping[str, Tensor] | None = None
     flags: frozenset[str] = field(default_factory=frozenset)
@@ -113,6 +114,7 @@ def evidence_of(
         },
         plan=_plan(case, target, seen, shares),
         input_shape=case.knowledge.input_shape,
+        round=seen.round,
         of_gradient=seen.is_gradient,
         support=support,
         flags=flags | _flags(descent) | unanswered(case),

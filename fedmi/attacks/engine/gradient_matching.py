@@ -30,6 +30,8 @@ SCOUTING = 5
 """A search among label orders takes a fifth of the steps."""
 
 Progress = Callable[[float], None]
+Alike = tuple[tuple[int, Plan], ...]
+"""Round and plan of all that a problem is matched to; problems that share them are one batch."""
 
 
 class GradientMatching(Attack):
@@ -146,10 +148,15 @@ class GradientMatching(Attack):
         )
 
     def search(
-        self, matching: Matching, problems: Sequence[Problem], schedule: Schedule, report: Progress
+        self,
+        case: Case,
+        matching: Matching,
+        problems: Sequence[Problem],
+        schedule: Schedule,
+        report: Progress,
     ) -> tuple[Tensor, Tensor]:
         """(points [problems, restarts, ...], losses [problems, restarts])."""
-        objective = self.objective(matching, problems)
+        objective = self.objective(case, matching, problems)
         starts = torch.cat([problem.starts for problem in problems]).to(self.torch_device)
         noise = [rng for problem in problems for rng in self._noise(problem)]
         project = matching.unknown.project
@@ -157,15 +164,19 @@ class GradientMatching(Attack):
         every = (len(problems), -1)
         return found.view(*every, *found.shape[1:]), losses.view(*every)
 
-    def objective(self, matching: Matching, problems: Sequence[Problem]) -> Objective:
+    def objective(self, case: Case, matching: Matching, problems: Sequence[Problem]) -> Objective:
         """What is minimised for these problems."""
         return matching.objective(problems)
+
+    def read(self, case: Case) -> tuple[Evidence, ...]:
+        """The evidence for each target of the case, in order."""
+        return read(case, self.channel)
 
     def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
         case, flags = self.assume.applied(case)
         seen = [
             replace(item, flags=item.flags | flags | self._unknowable(case))
-            for item in read(case, self.channel)
+            for item in self.read(case)
         ]
         return self.invert(case, seen)
 
@@ -175,17 +186,17 @@ class GradientMatching(Attack):
         Evidence with a flag of `MUTE` says nothing and is answered blindly.
         """
         answers = {item.target.id: blind(case, item) for item in seen if item.flags & MUTE}
-        groups: dict[tuple[int | None, Plan], list[Problem]] = {}
+        groups: dict[Alike, list[Problem]] = {}
         for item in seen:
             if not item.flags & MUTE:
-                problem = self._problem(case, item)
-                groups.setdefault((item.target.round, problem.evidence.plan), []).append(problem)
+                problem = self.problem(case, item)
+                groups.setdefault(_alike(problem), []).append(problem)
         done, total = 0, sum(map(len, groups.values()))
         for problems in groups.values():
             matching = self.matching(case, problems[0].evidence)
             for part in chunks(problems, self._fitting(matching, problems[0])):
                 report = _report(case, done / total, len(part) / total)
-                answers |= {a.target.id: a for a in self._solve(matching, part, report)}
+                answers |= {a.target.id: a for a in self._solve(case, matching, part, report)}
                 done += len(part)
         case.progress(1.0)
         return tuple(answers[target.id] for target in case.targets)
@@ -236,7 +247,7 @@ class GradientMatching(Attack):
             raise AttackError('device = "cuda", but torch sees no GPU here: use "auto" or "cpu"')
         return torch.device("cuda" if there and self.device != "cpu" else "cpu")
 
-    def _problem(self, case: Case, evidence: Evidence) -> Problem:
+    def problem(self, case: Case, evidence: Evidence) -> Problem:
         """Labels, starts and the plan for one target."""
         if self.adaptive:
             evidence = adaptive.adapted(case, evidence)
@@ -277,24 +288,24 @@ class GradientMatching(Attack):
         return max(1, self.memory_mb * 2**20 // (need * len(problem.starts)))
 
     def _solve(
-        self, matching: Matching, problems: Sequence[Problem], report: Progress
+        self, case: Case, matching: Matching, problems: Sequence[Problem], report: Progress
     ) -> list[Reconstruction]:
         schedule = self.schedule()
         if len(problems[0].starts) > self.restarts:
-            problems = self._scouted(matching, problems, lambda share: report(share / 2))
-        points, losses = self.search(matching, problems, schedule, report)
+            problems = self._scouted(case, matching, problems, lambda share: report(share / 2))
+        points, losses = self.search(case, matching, problems, schedule, report)
         return [
             _at_home(self.answer(problem, points[row], losses[row], matching.unknown))
             for row, problem in enumerate(problems)
         ]
 
     def _scouted(
-        self, matching: Matching, problems: Sequence[Problem], report: Progress
+        self, case: Case, matching: Matching, problems: Sequence[Problem], report: Progress
     ) -> list[Problem]:
         """Each problem with the starts, as far as a short search took them, of lowest loss."""
         schedule = self.schedule()
         short = replace(schedule, steps=max(1, schedule.steps // SCOUTING))
-        reached, losses = self.search(matching, problems, short, report)
+        reached, losses = self.search(case, matching, problems, short, report)
         best = losses.argsort(1)[:, : self.restarts].cpu()
         return [
             replace(problem, labels=problem.labels[chosen], starts=reached[row, chosen])
@@ -321,6 +332,10 @@ def _at_home(found: Reconstruction) -> Reconstruction:
         labels=found.labels.cpu(),
         confidence=found.confidence.float().cpu(),
     )
+
+
+def _alike(problem: Problem) -> Alike:
+    return tuple((item.round, item.plan) for item in (problem.evidence, *problem.also))
 
 
 def _report(case: Case, start: float, size: float) -> Progress:

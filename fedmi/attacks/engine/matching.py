@@ -29,13 +29,15 @@ class Problem:
     """One target's search: what to match, and by restart the labels and where to start.
 
     labels: [restarts, n]; starts: [restarts, ...], points of the `Unknown`, such as pixels
-    [restarts, n, C, H, W]. seed: of what is drawn on the way.
+    [restarts, n, C, H, W]. seed: of what is drawn on the way. also: what was seen of the same
+    records at other times, see `Joint`.
     """
 
     evidence: Evidence
     labels: Tensor
     starts: Tensor
     seed: Seed
+    also: tuple[Evidence, ...] = ()
 
 
 @dataclass(frozen=True)
