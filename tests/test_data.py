@@ -108,9 +108,15 @@ class TestShipped:
 
 
 def test_every_data_set_is_found_and_no_partition_among_them() -> None:
-    assert {"att_faces", "mnist_5k", "digits", "breast_cancer", "image_folder", "npz"} == set(
-        components("fedmi.datasets")
-    )
+    assert {
+        "att_faces",
+        "breast_cancer",
+        "cifar10",
+        "digits",
+        "image_folder",
+        "mnist_5k",
+        "npz",
+    } == set(components("fedmi.datasets"))
 
 
 class TestFaces:

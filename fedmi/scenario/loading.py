@@ -38,12 +38,19 @@ def load(
 
 
 def _beside(raw: Raw, file: Path) -> Raw:
-    """Relative paths of data are relative to the scenario's own file."""
-    data = raw.get("data")
+    """Relative paths of data, swept ones too, are relative to the scenario's own file."""
+    changed = {**raw, "data": _placed(raw.get("data"), file)} if "data" in raw else dict(raw)
+    sweep = raw.get("sweep")
+    if isinstance(sweep, dict) and isinstance(sweep.get("data"), list):
+        changed["sweep"] = {**sweep, "data": [_placed(item, file) for item in sweep["data"]]}
+    return changed
+
+
+def _placed(data: object, file: Path) -> object:
     if not isinstance(data, dict) or not isinstance(data.get("path"), str):
-        return raw
+        return data
     there = (file.resolve().parent / Path(data["path"]).expanduser()).resolve()
-    return {**raw, "data": {**data, "path": str(there)}}
+    return {**data, "path": str(there)}
 
 
 def read(path: Path) -> Raw:

@@ -214,4 +214,5 @@ def _flags(descent: Mapping[str, Tensor]) -> frozenset[str]:
         return frozenset({"non_finite"})
     if not any(bool(part.any()) for part in descent.values()):
         return frozenset({"zero_gradients"})
-    return frozenset()
+    first = next(iter(descent.values()))
+    return frozenset() if first.any() else frozenset({"zero_gradients_in_first_layer"})

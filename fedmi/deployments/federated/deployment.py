@@ -62,6 +62,9 @@ class Federated(Deployment):
     rounds: int = Field(default=10, ge=1, le=100_000, description="rounds of training")
     local_epochs: int = Field(default=1, ge=1, description="passes over a client's records a round")
     local_steps: int = Field(default=0, ge=0, description="minibatches a round; 0 = by epochs")
+    batch_size: int = Field(
+        default=0, ge=0, description="records a local step; 0 = as [training] says"
+    )
     fraction: float = Field(default=1.0, gt=0, le=1, description="share of clients asked a round")
     partition: Annotated[Partition, OneOf("fedmi.partitions")] = Field(
         default=IID(), description="how the private records spread over clients"
@@ -191,8 +194,9 @@ class Federated(Deployment):
         return self.clients if self.engine == "fedmi" else 1
 
     def work(self, recipe: Recipe) -> LocalWork:
+        own = {"batch_size": self.batch_size} if self.batch_size else {}
         return LocalWork(
-            recipe=recipe,
+            recipe=recipe.model_copy(update=own),
             epochs=self.local_epochs,
             steps=self.local_steps,
             proximal_mu=self.strategy.proximal_weight,
