@@ -594,8 +594,20 @@ def test_what_an_aggregator_makes_up_is_noticed(
                 run.round(1)
 
 
+def taken_after_a_free_one() -> socket.socket:
+    """A server whose port is taken while the port below is free."""
+    while True:
+        taken = socket.create_server((HOST, 0))
+        try:
+            socket.create_server((HOST, taken.getsockname()[1] - 1)).close()
+        except OSError:
+            taken.close()
+        else:
+            return taken
+
+
 def test_a_taken_port_is_refused_by_name() -> None:
-    with socket.create_server((HOST, 0)) as taken:
+    with taken_after_a_free_one() as taken:
         port = taken.getsockname()[1]
         first = port - 1
         with bench(3, port=first, aggregators=2) as run:

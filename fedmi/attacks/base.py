@@ -68,6 +68,9 @@ class Attack(Component):
         default=(),
         description="names of the deployments attacked; empty = all that have the channel",
     )
+    models: tuple[str, ...] = Field(
+        default=(), description="kinds of the models attacked, in a sweep of them; empty = all"
+    )
 
     channels: ClassVar[frozenset[Channel]]
     """Channels the attack can read."""

@@ -15,7 +15,7 @@ from fedmi.data.dataset import DataError
 from fedmi.deployments.serving.exact import Exact
 from fedmi.exposure.recipe import Recipe
 from fedmi.exposure.words import PER_ROUND
-from fedmi.scenario.errors import ScenarioError
+from fedmi.scenario.errors import ScenarioError, choice
 from fedmi.scenario.keys import content_key
 from fedmi.scenario.reported import untitled
 from fedmi.scenario.schema import (
@@ -27,7 +27,7 @@ from fedmi.scenario.schema import (
     Scenario,
 )
 from fedmi.scenario.sweep import Point, expand
-from fedmi.scenario.threat import applies, problems
+from fedmi.scenario.threat import applies, problems, reads_model
 
 Twin = Literal["none", "disjoint", "relabelled", "recoined"]
 
@@ -206,7 +206,7 @@ class Planner:
                 served=ServedCell(training=training) if in_service else None,
                 served_twin=ServedCell(training=twin) if in_service else None,
                 judge=JudgeCell(data=scenario.data, evaluator=scenario.evaluator, seed=seed),
-                attack=attack.model_copy(update={"deployments": ()}),
+                attack=attack.model_copy(update={"deployments": (), "models": ()}),
                 metrics=tuple(m for m in scored if m.measures == attack.recovers),
                 deployment_title=point.deployment_title(index),
                 attack_title=point.attack_title(number),
@@ -243,8 +243,21 @@ def check(points: tuple[Point, ...]) -> None:
         except DataError as error:
             found.append(f'[data] kind = "{point.scenario.data.kind}": {error}')
     found += _untitled(points)
+    found += _unswept(points)
     if found:
         raise ScenarioError(found)
+
+
+def _unswept(points: tuple[Point, ...]) -> Iterator[str]:
+    """Models that an attack names and no point has."""
+    kinds = sorted({point.scenario.model.kind for point in points})
+    for attack in points[0].scenario.attack:
+        for name in attack.models:
+            if name not in kinds:
+                yield (
+                    f'[[attack]] "{attack.title}" models names "{name}", which is not there'
+                    f"{choice(name, kinds)}"
+                )
 
 
 def _untitled(points: tuple[Point, ...]) -> Iterator[str]:
@@ -274,7 +287,7 @@ def _aims(point: Point) -> Iterator[tuple[int, int, int]]:
     for seed in point.scenario.seeds:
         for index, deployment in enumerate(point.scenario.deployment):
             for number, attack in enumerate(point.scenario.attack):
-                if applies(attack, deployment):
+                if applies(attack, deployment) and reads_model(attack, point.scenario):
                     yield index, number, seed
 
 

@@ -32,6 +32,11 @@ def applies(attack: Attack, deployment: Deployment) -> bool:
     return named and planted and view(attack, deployment) is not None
 
 
+def reads_model(attack: Attack, scenario: Scenario) -> bool:
+    """Whether it is to attack models of this kind."""
+    return not attack.models or scenario.model.kind in attack.models
+
+
 def problems(scenario: Scenario, card: Card) -> list[str]:
     """Everything that would keep the scenario from running, in words."""
     found = [text for deployment in scenario.deployment for text in _crowd(deployment, card)]
@@ -52,7 +57,8 @@ def _architecture(scenario: Scenario, card: Card) -> list[str]:
         network = scenario.model.blueprint(card.shape, card.classes)
     except ValueError as error:
         return [f'[model] kind = "{scenario.model.kind}": {error}']
-    reasons = [(attack.title, attack.unsuited(network)) for attack in scenario.attack]
+    reading = [attack for attack in scenario.attack if reads_model(attack, scenario)]
+    reasons = [(attack.title, attack.unsuited(network)) for attack in reading]
     return [f'[[attack]] "{title}" {reason}' for title, reason in reasons if reason]
 
 
