@@ -14,8 +14,9 @@ from fedmi.attacks.engine.descent import Schedule, minimise
 from fedmi.attacks.engine.evidence import AttackError, read
 from fedmi.attacks.engine.network import load, simulate
 from fedmi.attacks.engine.plan import Plan, deal, sampled, sequential
+from fedmi.attacks.engine.unknowns import Pixels
 from fedmi.attacks.gradient.bias_labels import BiasLabels
-from fedmi.attacks.gradient.idlg import IDLG
+from fedmi.attacks.gradient.idlg_labels import IDLGLabels
 from fedmi.attacks.gradient.inverting_gradients import InvertingGradients
 from fedmi.attacks.gradient.linear_inversion import LinearInversion
 from fedmi.exposure.recipe import LocalWork, Recipe
@@ -276,11 +277,20 @@ def test_without_the_batch_order_labels_carry_no_order() -> None:
 def test_minimise_returns_the_best_iterate_and_survives_a_row_that_is_not_finite() -> None:
     goal = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
 
-    def objective(point: Tensor) -> Tensor:
-        distance = (point - goal).square().sum(1)
-        return distance * torch.tensor([1.0, torch.nan])
+    class Quadratic:
+        restarts = 1
 
-    found, lowest = minimise(objective, torch.zeros(2, 2), Schedule(200, 0.05))
+        def losses(self, points: Tensor) -> Tensor:
+            return (points - goal).square().sum(1) * torch.tensor([1.0, torch.nan])
+
+        def slope(self, points: Tensor) -> tuple[Tensor, Tensor]:
+            return self.losses(points), 2 * (points - goal) * torch.tensor([[1.0], [torch.nan]])
+
+        def kept(self, problems: Tensor) -> "Quadratic":
+            raise AssertionError("no problem was to stop")
+
+    clamp = Pixels().project
+    found, lowest = minimise(Quadratic(), torch.zeros(2, 2), Schedule(200, 0.05), clamp)
     assert torch.allclose(found[0], goal[0], atol=1e-3)
     assert found[1].tolist() == [0, 0]
     assert lowest[1] == torch.inf
@@ -397,7 +407,7 @@ def test_idlg_reads_a_poisson_batch_of_one_expected_record() -> None:
     case = poisson_case(MLP(), batch, [6])
     one = POISSON.model_copy(update={"recipe": Recipe(learning_rate=0.1, batch_size=1)})
     case = replace(case, knowledge=replace(case.knowledge, work=one))
-    (found,) = IDLG(position=SERVER, channel=Channel.CLIENT_UPDATE).reconstruct(case)
+    (found,) = IDLGLabels(position=SERVER, channel=Channel.CLIENT_UPDATE).reconstruct(case)
     assert found.labels is not None
     assert found.labels.tolist() == [batch[1][6]]
 
@@ -489,6 +499,6 @@ def test_attacks_say_that_they_have_no_answer_to_noise(
     case = replace(case, knowledge=replace(case.knowledge, protections=protections))
     where = {"position": SERVER, "channel": Channel.GRADIENT}
     attacks: list[Attack] = [analytic(), inverting(steps=1)]
-    attacks += [kind.model_validate(where) for kind in (BiasLabels, IDLG)]
+    attacks += [kind.model_validate(where) for kind in (BiasLabels, IDLGLabels)]
     for attack in attacks:
         assert attack.reconstruct(case)[0].flags == flags

@@ -16,7 +16,7 @@ from fedmi.attacks.engine.batching import bytes_per_problem, chunks
 from fedmi.attacks.engine.descent import Objective, Schedule, minimise
 from fedmi.attacks.engine.distances import Distance
 from fedmi.attacks.engine.evidence import MUTE, AttackError, Evidence, blind, read
-from fedmi.attacks.engine.labels import recover
+from fedmi.attacks.engine.labels import LabelMethod, granted, recover
 from fedmi.attacks.engine.matching import Coupling, Matching, Problem
 from fedmi.attacks.engine.network import load
 from fedmi.attacks.engine.penalties import Penalty
@@ -52,6 +52,9 @@ class GradientMatching(Attack):
     )
     local_simulation: bool = Field(
         default=True, description="simulate local steps; off: read the update as one gradient"
+    )
+    label_recovery: LabelMethod = Field(
+        default="auto", description="how labels that are not granted are recovered first"
     )
     label_orders: int = Field(
         default=16,
@@ -112,16 +115,8 @@ class GradientMatching(Attack):
 
     def labels_of(self, case: Case, evidence: Evidence) -> Tensor:
         """The labels it searches with, [n]: granted, or recovered first."""
-        target = evidence.target
-        if target.id not in case.knowledge.labels:
-            return recover(case, evidence)[0]
-        labels = case.knowledge.labels[target.id]
-        if len(labels) != evidence.records:
-            raise AttackError(
-                f"target '{target.id}': {len(labels)} labels granted, but the update holds "
-                f"{evidence.records} records"
-            )
-        return labels
+        told = granted(case, evidence)
+        return recover(case, evidence, self.label_recovery)[0] if told is None else told
 
     def planned(self, case: Case, evidence: Evidence) -> Evidence:
         """The evidence with the plan that is simulated."""

@@ -1,44 +1,39 @@
-"""iDLG: the label of a single record."""
+"""iDLG, Improved Deep Leakage from Gradients: the label by its sign first, then the record."""
 
 from typing import ClassVar, Literal
 
-from fedmi.attacks.base import Attack, Case, Reconstruction
-from fedmi.attacks.engine.evidence import MUTE, UPDATES, AttackError, blind, read
-from fedmi.attacks.engine.labels import single_label
-from fedmi.exposure.words import Fact
+from torch import Tensor
+
+from fedmi.attacks.base import Case
+from fedmi.attacks.engine.evidence import UPDATES, AttackError, Evidence
+from fedmi.attacks.engine.labels import METHODS
+from fedmi.attacks.engine.leakage import DeepLeakage
 
 
-class IDLG(Attack):
-    """The label of the one record behind an update, from the sign of the last layer's gradient.
+class IDLG(DeepLeakage):
+    """One record found by matching its gradient in the L2 norm, its label read off beforehand.
 
-    Exact for one step on one record, whatever the weights. An update of several steps is read as
-    one gradient (update / (learning rate x steps)); the sign survives as long as the record is
-    not yet learnt past certainty. Threat model: honest-but-curious, sees one update.
-    Raises AttackError for an update of more than one record (use `bias_labels`) or a model whose
-    last layer is not linear.
+    The label is that of the one negative entry of the last layer's gradient, exact for one record
+    and one step; the pixels minimise |grad(x', y) - g|^2 / |g|^2 by L-BFGS as in `DLG`, without
+    labels to search for. A client's several steps on its one record are simulated.
+
+    Threat model: honest-but-curious, sees the update of a single record and the model it started
+    from. Labels that are granted are used instead. Flag `not_converged`: no restart's loss fell
+    below `solved`. Raises AttackError for an update of several records (use `dlg` or
+    `inverting_gradients`), or a model whose last layer is not linear (use `dlg`).
     """
 
     kind: Literal["idlg"] = "idlg"
     paper: ClassVar[str] = "Zhao, Mopuri, Bilen: iDLG: Improved Deep Leakage from Gradients, 2020"
 
     channels: ClassVar = UPDATES
-    needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
-    recovers: ClassVar[Literal["samples", "labels"]] = "labels"
 
-    def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
-        assert case.knowledge.build is not None
-        module = case.knowledge.build()
-        answers: list[Reconstruction] = []
-        for evidence in read(case, self.channel):
-            if evidence.records != 1:
-                raise AttackError(
-                    f"target '{evidence.target.id}': iDLG recovers the label of one record, this "
-                    f"update holds {evidence.records}; use the attack 'bias_labels'"
-                )
-            if evidence.flags & MUTE:
-                answers.append(blind(case, evidence, samples=False))
-                continue
-            labels, margin = single_label(evidence.gradient, module)
-            answers.append(Reconstruction(evidence.target, None, labels, margin, evidence.flags))
-        case.progress(1.0)
-        return tuple(answers)
+    def labels_of(self, case: Case, evidence: Evidence) -> Tensor:
+        if evidence.records != 1:
+            raise AttackError(
+                f"target '{evidence.target.id}': iDLG recovers a single record, this update holds "
+                f"{evidence.records}; use the attack 'dlg' or 'inverting_gradients'"
+            )
+        if evidence.target.id in case.knowledge.labels:
+            return super().labels_of(case, evidence)
+        return METHODS["idlg"](case, evidence)[0]
