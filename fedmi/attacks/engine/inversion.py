@@ -22,7 +22,7 @@ class Inversion(GradientMatching):
     )
     signed: bool = Field(default=True, description="descend along the sign of the gradient")
     bn_weight: float = Field(
-        default=0.1, ge=0, description="weight of granted batch-normalisation statistics"
+        default=1.0, ge=0, description="weight of granted batch-normalisation statistics"
     )
 
     uses: ClassVar = GradientMatching.uses | {Fact.BN_STATISTICS}
@@ -47,12 +47,26 @@ class Inversion(GradientMatching):
 
 
 def statistics_penalty(
-    attack: GradientMatching, case: Case, evidence: Evidence, weight: float
+    attack: GradientMatching,
+    case: Case,
+    evidence: Evidence,
+    weight: float,
+    *,
+    relative: bool = True,
 ) -> tuple[Penalty, ...]:
-    """That of batch statistics, where they are granted and the update carries them."""
-    granted = Fact.BN_STATISTICS in case.knowledge.facts
-    if not granted or not weight or not attack.simulates(evidence):
+    """That of batch statistics, where they are granted and the update carries them.
+
+    Of one client, or of an aggregate that is simulated: the average of several clients' statistics
+    is not that of their records in one batch. relative: see `Penalty`; its own unit is the square
+    of the statistics, so that a grey image's is about 1.
+    """
+    work, plan = case.knowledge.work, evidence.plan
+    if Fact.BN_STATISTICS not in case.knowledge.facts or not weight or work is None:
         return ()
-    plan = evidence.plan
-    steps = tuple(len(steps) for steps in plan.parties)
-    return (BatchStatisticsPenalty(weight, plan.shares, steps),)
+    if attack.simulates(evidence):
+        steps = tuple(len(steps) for steps in plan.parties)
+        return (BatchStatisticsPenalty(weight, plan.shares, steps, True, relative),)
+    if len(evidence.target.clients) > 1:
+        return ()
+    steps = (1 if evidence.of_gradient else len(work.batch_sizes(evidence.records)),)
+    return (BatchStatisticsPenalty(weight, (1.0,), steps, False, relative),)
