@@ -17,7 +17,7 @@ from fedmi.attacks.engine.gradient_matching import GradientMatching, Progress
 from fedmi.attacks.engine.matching import Matching, Problem
 from fedmi.attacks.engine.unknowns import Pixels, PixelsAndLabels, Unknown
 
-UNSOLVED = "not_converged"
+UNSOLVED, SEVERAL = "not_converged", "several_records"
 
 
 class DeepLeakage(GradientMatching):
@@ -54,7 +54,7 @@ class DeepLeakage(GradientMatching):
         default=1e-13, ge=0, description="loss at which a target is solved; 1e-15 is rounding"
     )
     solved: float = Field(
-        default=1e-3,
+        default=1e-4,
         gt=0,
         le=1,
         description=f"final loss, in units of a grey image's, above which a target is {UNSOLVED}",
@@ -114,9 +114,9 @@ class DeepLeakage(GradientMatching):
         self, problem: Problem, points: Tensor, losses: Tensor, unknown: Unknown
     ) -> Reconstruction:
         found = super().answer(problem, points, losses, unknown)
-        if bool(losses.min() <= self.solved):
-            return found
-        return replace(found, flags=found.flags | {UNSOLVED})
+        unsolved = {UNSOLVED} if not losses.min() <= self.solved else set()
+        several = {SEVERAL} if problem.evidence.records > 1 else set()
+        return replace(found, flags=found.flags | unsolved | several)
 
     def _fitting(self, matching: Matching, problem: Problem) -> int:
         """Counts what L-BFGS remembers as well."""

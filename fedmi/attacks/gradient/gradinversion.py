@@ -31,7 +31,7 @@ class GradInversion(GradientMatching):
     answer. A group of four is better than the best of four on their own, but of equal work a single
     seed with four times the steps was as good, so that one is what is done unless told otherwise.
 
-    Labels that are not granted are read by `label_recovery`, the paper's own unless told otherwise; it
+    Labels that are not granted are read by `label_recovery`, the paper's own by default; it
     takes a batch to hold each label once, and the flag `labels_not_distinct` says where it shows
     that it does not. An update is simulated or read as one gradient as in `inverting_gradients`.
     `unit` is the distance of a grey image, so that the weights serve networks of any scale.
