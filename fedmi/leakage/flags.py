@@ -78,6 +78,81 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "attack started from an earlier one that it knew.",
         "dead_layer": "A client that looked would have found a whole layer of the model it was "
         "sent to be zero on all its records: this active attack can be noticed.",
+        "zero_gradients_in_first_layer": "The gradient of the first layer was zero, as behind dead "
+        "ReLU units or a frozen layer. Most of what an update says of its records is in that "
+        "layer.",
+        "zero_gradients_in_read_layer": "The gradient of the layer that the closed form reads was "
+        "zero, so there was nothing to solve. A grey image stands for the answer.",
+        "zero_gradients_in_last_layer": "The gradient of the last layer was zero, as of a frozen "
+        "head. Labels cannot be read from it and were guessed.",
+        "not_converged": "No start of the search explained the update, so what was returned is "
+        "where it stopped. A low figure here speaks of the search, not of the deployment.",
+        "search_diverged": "The loss of the search was never a finite number. A grey image stands "
+        "for the answer.",
+        "dropout_masks_unknown": "Clients trained with dropout, whose masks only they know. The "
+        "attack simulates training without them, and so is weaker than one that guesses them.",
+        "false_knowledge": "The attack was made to believe something of the local training that is "
+        "not so: what it believed, and what is true. The figures are those of a mistaken "
+        "adversary.",
+        "belief_without_effect": "The attack was made to believe something that it does not use "
+        "here; nothing is learned of what such a mistake costs.",
+        "records_do_not_fit": "The attack, or the labels granted to it, takes another number of "
+        "records than the update holds. A blind guess stands for the answer.",
+        "more_classes_than_records": "The gradient shows more classes than the records it was said "
+        "to hold, so the number told is wrong.",
+        "batch_order_without_labels": "The order of the batches was granted without the labels, "
+        "which were dealt over it and searched for.",
+        "bn_statistics_absent": "Batch statistics were granted, but the update carries none, or "
+        "clients do not normalise by the batch. They made no difference.",
+        "steps_read_as_one": "The update of several local steps was read as a single gradient, so "
+        "that the rule for labels holds only approximately.",
+        "negative_features": "The inputs of the last layer take either sign. This rule needs them "
+        "to be non-negative: the sign of an entry proves nothing here.",
+        "labels_not_distinct": "The rule takes every label of a batch to be different, and the "
+        "gradient does not bear that out. The labels left over are guesses.",
+        "rounds_left_out": "Some of the rounds were not used: not heard of, empty, or of another "
+        "number of records than the last.",
+        "several_records": "The closed form holds for one record and the update is of more. The "
+        "answer is one mixture of them, returned for each.",
+        "several_steps": "The closed form holds for one step and the update is of several, so that "
+        "it is an approximation.",
+        "rank_deficient": "The equations do not determine the whole image (at the layer named, if "
+        "one is). What they leave open was filled in with the smallest solution or with grey.",
+        "rank_unknown": "The layer has too many unknowns for its rank to be computed. Whether its "
+        "input is determined is not known.",
+        "not_one_record": "The gradient of the last layer is not that of a single record, so the "
+        "recursion starts from a mixture.",
+        "twin_data": "Two scalings of the image give the very same gradient. The smaller one was "
+        "taken, which need not be the right one.",
+        "scale_not_found": "No scale of the features explains the gradient of the last layer, as "
+        "where rounding has taken the gradient of a very sure model. All that follows rests on a "
+        "guess.",
+        "saturated_activation": "A value to be inverted lay outside the range of its activation "
+        "and was moved inside, where the inverse is at its steepest.",
+        "gradient_mismatch": "The image that was found does not give the gradient that was seen, "
+        "so it is not the record, or not the only one.",
+        "recursion_diverged": "Going back through the layers ended in numbers that are not finite. "
+        "A grey image stands for the answer.",
+        "rank_below_records": "The gradient has a lower rank than there are records: some are "
+        "alike, or left no trace. Only as many as the rank were looked for.",
+        "rank_above_records": "The gradient has a higher rank than the records told of: there are "
+        "more of them, or it holds noise.",
+        "too_narrow": "The layer has fewer live neurons than twice the records, too few zeros to "
+        "tell records apart. No draws were made, and what could not be read directly is a guess.",
+        "samples_exhausted": "The budget of draws ended before every record was found. Those "
+        "missing are guesses, or the mixture of all with confidence -1.",
+        "not_unique": "The answer fits everything that was seen, and so does another: too few "
+        "zeros tell one record from the others.",
+        "partial_gradient": "Some neurons of the layer were not seen whole, as after pruning or "
+        "under masks. They were left out.",
+        "participation_not_recovered": "The integer program did not tell which clients took part "
+        "in which round, so single updates could not be separated with certainty.",
+        "no_epochs_under_poisson_sampling": "Poisson sampling has no epochs, so the attack went "
+        "without the prior that its records are the same in every epoch.",
+        "poor_generator": "The generator trained on public data draws even its own held-out public "
+        "records poorly (PSNR given). A low figure may be due to it and not to the deployment.",
+        "prior_only_weaker": "The attack on the twin noticed a weakness, named here, that it did "
+        "not notice on the deployment. Part of the advantage may come from that.",
         "masks_not_recovered": "No seed of the mask generator fits what was seen.",
         "underdetermined": "Fewer different groups of clients than clients took part in the rounds "
         "seen, so that single updates cannot be told apart; the least-norm ones were attacked.",
@@ -228,12 +303,12 @@ def ordered(flags: Iterable[str]) -> tuple[str, ...]:
 
 
 def _once(flags: Iterable[str]) -> list[str]:
-    """One flag a name: where seeds give different reasons, one of them stands for all."""
+    """One flag a name: of several reasons, of targets or seeds, one stands for all."""
     reasons: dict[str, list[str]] = {}
     for flag in sorted(set(flags)):
         reasons.setdefault(name_of(flag), []).append(flag)
     return [
-        found[-1] if len(found) == 1 else f"{found[-1]} (and {len(found) - 1} more seeds)"
+        found[-1] if len(found) == 1 else f"{found[-1]} (and {len(found) - 1} more)"
         for found in reasons.values()
     ]
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fedmi.attacks.base import Reconstruction
+from fedmi.attacks.engine.evidence import MUTE
 from fedmi.data.records import Records, Split
 from fedmi.deployments.base import Outcome
 from fedmi.exposure.knowledge import Target
@@ -57,6 +58,13 @@ def noticed(reconstructions: Sequence[Reconstruction], untrained: frozenset[int]
 
 
 def weak_prior(ours: Sequence[Reconstruction], theirs: Sequence[Reconstruction]) -> Found:
-    """Targets whose prior-only attack found nothing to read while the real one did."""
-    pairs = zip(ours, theirs, strict=True)
-    return {(b.target.round or 0, "prior_only_blind") for a, b in pairs if b.flags - a.flags}
+    """Targets whose prior-only attack found nothing to read, or was weaker by its own flags, while
+    the real one was not."""
+    found: Found = set()
+    for real, prior in zip(ours, theirs, strict=True):
+        at, names = real.target.round or 0, {flag.partition(":")[0] for flag in real.flags}
+        alone = {flag.partition(":")[0] for flag in prior.flags} - names
+        if alone & MUTE:
+            found.add((at, "prior_only_blind"))
+        found |= {(at, f"prior_only_weaker: {name}") for name in alone - MUTE}
+    return found
