@@ -1,14 +1,17 @@
 """Draw the figures of docs/protections.md; write its tables, those of docs/smpc.md and of
-docs/serving.md from runs.
+docs/serving.md and docs/gradients.md from runs.
 
 fedmi run scenarios/dp_frontier.toml --out runs/dp_frontier
 fedmi run scenarios/aggregate_size.toml --out runs/aggregate_size
 fedmi run scenarios/smpc.toml --out runs/smpc
 fedmi run scenarios/midas.toml --out runs/midas
 fedmi run scenarios/serving.toml --out runs/serving
+fedmi run scenarios/update_channel.toml --out runs/update_channel
+fedmi run scenarios/closed_form.toml --out runs/closed_form
 python docs/make_figures.py [folder of the runs]
 """
 
+import json
 import math
 import re
 import sys
@@ -16,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gradient_tables
 import numpy as np
 import pandas as pd
 import serving_tables
@@ -353,6 +357,28 @@ def main(runs: Path) -> None:
     page.write_text(text, encoding="utf-8")
     computed(runs / "smpc")
     served(runs)
+    crossing(runs)
+
+
+def crossing(runs: Path) -> None:
+    """The tables of docs/gradients.md."""
+    page = ROOT / "docs" / "gradients.md"
+    text = page.read_text(encoding="utf-8")
+    for name, table in (
+        ("update_channel", gradient_tables.channel),
+        ("closed_form", gradient_tables.closed_form),
+    ):
+        if (runs / name / "leakage.parquet").is_file():
+            text = put(text, *marks(name), table(runs / name))
+        else:
+            print(f"no {runs / name}: its table in docs/gradients.md stays as it is")
+    for name, describe in (
+        ("papers", gradient_tables.papers),
+        ("federated_averaging", gradient_tables.averaging),
+    ):
+        results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        text = put(text, *marks(name), gradient_tables.markdown(describe(results)))
+    page.write_text(text, encoding="utf-8")
 
 
 def served(runs: Path) -> None:

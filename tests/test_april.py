@@ -283,7 +283,10 @@ def test_frozen_positions_say_nothing() -> None:
         case,
         transcript=replace(case.transcript, observations=(first, replace(seen, payload=payload))),
     )
-    assert "zero_gradients" in flags(april().reconstruct(case))
+    (found,) = april().reconstruct(case)
+    assert found.flags >= {"zero_gradients_in_read_layer"}
+    assert "zero_gradients" not in found.flags
+    assert found.confidence.item() == -torch.inf
 
 
 def test_models_it_cannot_read_are_named_with_what_to_use() -> None:

@@ -126,7 +126,7 @@ def test_the_prior_is_the_naive_mean_over_pairs_and_blind_to_order(summary: Summ
     (seen,) = read(case, Channel.CLIENT_UPDATE)
     assert case.knowledge.build is not None
     network = load(case.knowledge.build, seen.base, "eval")
-    given = penalty.given(seen, network)
+    given = penalty.given(seen, batch[1], network)
 
     def value(inputs: Tensor) -> float:
         trial = Trial(inputs, torch.zeros(len(inputs)).long(), {}, {})

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.func import vmap
+from torch.nn.functional import interpolate
 
 from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.evidence import AttackError
@@ -25,12 +27,18 @@ TINY = Training.model_validate(PRIOR)
 
 
 def gias(**options: object) -> GIAS:
-    fixed = {"position": SERVER, "channel": Channel.GRADIENT, "prior": PRIOR}
-    return GIAS.model_validate({**fixed, "steps": 75, "weight_steps": 60, **options})
+    fixed = {"position": SERVER, "channel": Channel.GRADIENT, "prior": PRIOR, "restarts": 1}
+    return GIAS.model_validate({**fixed, "steps": 60, "weight_steps": 30, **options})
 
 
 def attack(case: Case, **options: object) -> tuple[Reconstruction, ...]:
     return gias(**options).reconstruct(case)
+
+
+def finer(count: int, seed: int) -> Tensor:
+    """Images [count, 1, 16, 16] with more detail than the public ones have."""
+    coarse = torch.rand(count, 1, 9, 9, generator=torch.Generator().manual_seed(seed))
+    return interpolate(coarse, (16, 16), mode="bicubic", align_corners=True).clamp(0, 1)
 
 
 def test_images_are_found_and_only_from_their_own_gradient() -> None:
@@ -42,19 +50,20 @@ def test_images_are_found_and_only_from_their_own_gradient() -> None:
 
 
 def test_under_noise_the_latent_space_holds_where_pixels_do_not() -> None:
-    clients = sets([1, 1, 1], seed=0)
-    case = noisy_case(SPEC, clients, noise=3.0)
-    pixels = InvertingGradients(position=SERVER, channel=Channel.GRADIENT, steps=100)
+    clients = sets([1, 1, 1, 1], seed=0)
+    case = noisy_case(SPEC, clients, noise=1.0)
+    pixels = InvertingGradients(position=SERVER, channel=Channel.GRADIENT, steps=60)
     gain = psnr(attack(case, stages="latent"), clients) - psnr(pixels.reconstruct(case), clients)
-    assert gain.mean() > 0.5
+    assert gain.mean() > 1
 
 
-def test_an_image_that_the_generator_cannot_make_is_found_by_its_weights() -> None:
-    clients = [(1 - images(1, seed=4).round(), torch.tensor([3]))]
+def test_what_the_generator_cannot_make_is_found_by_its_weights() -> None:
+    clients = [(finer(2, seed=3)[row : row + 1], torch.tensor([3 + row])) for row in range(2)]
     case = noisy_case(SPEC, clients)
-    latent, both = attack(case, stages="latent", steps=150), attack(case, tv_weight=0.0)
-    assert both[0].confidence.item() > latent[0].confidence.item()
-    assert psnr(both, clients) > psnr(latent, clients)
+    latent = attack(case, stages="latent", steps=100)
+    both = attack(case, weight_rate=1e-2, weight_steps=100, tv_weight=0.0)
+    assert all(b.confidence > a.confidence + 0.05 for a, b in zip(latent, both, strict=True))
+    assert psnr(both, clients).mean() > psnr(latent, clients).mean() + 0.4
 
 
 def test_a_gradient_that_says_nothing_of_the_image_gives_the_prior_only() -> None:
@@ -65,8 +74,8 @@ def test_a_gradient_that_says_nothing_of_the_image_gives_the_prior_only() -> Non
 
 def test_a_target_does_not_depend_on_the_others() -> None:
     clients = sets([1, 1, 1], seed=0)
-    together = attack(noisy_case(SPEC, clients))[1]
-    (alone,) = attack(noisy_case(SPEC, clients, only=1))
+    together = attack(noisy_case(SPEC, clients), steps=30)[1]
+    (alone,) = attack(noisy_case(SPEC, clients, only=1), steps=30)
     assert together.samples is not None
     assert alone.samples is not None
     assert torch.allclose(together.samples, alone.samples, atol=0.02)
@@ -75,7 +84,7 @@ def test_a_target_does_not_depend_on_the_others() -> None:
 def test_restarts_go_on_from_the_best_latent_vector() -> None:
     clients = sets([1, 1], seed=0)
     case = noisy_case(SPEC, clients)
-    once, thrice = attack(case), attack(case, restarts=3)
+    once, thrice = (attack(case, steps=20, weight_steps=5, restarts=r) for r in (1, 3))
     for one, three in zip(once, thrice, strict=True):
         assert three.confidence >= one.confidence - 0.02
 

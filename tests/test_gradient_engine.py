@@ -1,7 +1,8 @@
 """The engine under gradient matching: slow paths, early stops, false beliefs, precision."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.descent import Schedule, minimise
 from fedmi.attacks.engine.evidence import AttackError, read
+from fedmi.attacks.engine.gradient_matching import Progress
 from fedmi.attacks.engine.matching import Matching, Problem
 from fedmi.attacks.engine.network import load
 from fedmi.attacks.engine.penalties import TotalVariation
 from fedmi.attacks.engine.unknowns import Pixels
+from fedmi.attacks.gradient.gradinversion import GradInversion
+from fedmi.attacks.gradient.idlg import IDLG
 from fedmi.attacks.gradient.inverting_gradients import InvertingGradients
 from fedmi.exposure.recipe import LocalWork, Recipe
 from fedmi.exposure.seeding import Seed
@@ -271,3 +275,160 @@ def test_a_compiled_search_does_not_stop_early() -> None:
 def test_the_box_is_kept() -> None:
     assert Pixels().project(torch.tensor([-1.0, 0.5, 2.0])).tolist() == [0, 0.5, 1]
     assert Pixels(boxed=False).project(torch.tensor([2.0])).tolist() == [2]
+
+
+class Watching(InvertingGradients):
+    """Notes the labels, the schedule and the number of restarts of every search."""
+
+    kind: Literal["watching"] = "watching"  # type: ignore[assignment]
+    seen: ClassVar[list[tuple[Tensor, Schedule]]] = []
+
+    def search(
+        self,
+        case: Case,
+        matching: Matching,
+        problems: Sequence[Problem],
+        schedule: Schedule,
+        report: Progress,
+    ) -> tuple[Tensor, Tensor]:
+        self.seen.append((problems[0].labels, schedule))
+        return super().search(case, matching, problems, schedule, report)
+
+
+def watched(case: Case, **options: object) -> tuple[Reconstruction, list[tuple[Tensor, Schedule]]]:
+    Watching.seen.clear()
+    attack = Watching.model_validate({"position": SERVER, "steps": 10, **options})
+    (found,) = attack.reconstruct(case)
+    return found, list(Watching.seen)
+
+
+def ordered_case(labels: dict[str, Tensor]) -> tuple[Case, Tensor]:
+    case, (_, truth) = update_case()
+    facts = case.knowledge.facts | {Fact.BATCH_ORDER}
+    order = {"client0": (((2, 0), (3, 1)),)}
+    return replace(
+        case, knowledge=replace(case.knowledge, facts=facts, order=order, labels=labels)
+    ), truth
+
+
+def test_recovered_labels_are_dealt_over_a_granted_order_and_its_deals_searched() -> None:
+    case, truth = ordered_case({})
+    assert len(truth.unique()) > 2
+    found, searches = watched(case, channel=Channel.CLIENT_UPDATE, label_orders=8)
+    assert found.flags == {"batch_order_without_labels"}
+    assert [len(labels) for labels, _ in searches] == [8, 1]
+    assert len(searches[0][0].unique(dim=0)) > 1
+
+
+def test_granted_labels_are_taken_in_the_granted_order() -> None:
+    _, (_, truth) = update_case()
+    case, _ = ordered_case({"client0": truth})
+    found, searches = watched(case, channel=Channel.CLIENT_UPDATE, label_orders=8)
+    assert found.flags == set()
+    assert [labels.tolist() for labels, _ in searches] == [[truth.tolist()]]
+
+
+@pytest.mark.parametrize("records", [1, 2])
+def test_a_search_that_is_nowhere_finite_is_answered_in_grey(records: int) -> None:
+    case = gradient_case(MLP(hidden=(8,)), sets([records] * 2, seed=0))
+    start, wild, tame = case.transcript.observations
+    wild = replace(wild, payload={n: part * 1e20 for n, part in wild.payload.items()})
+    case = replace(case, transcript=replace(case.transcript, observations=(start, wild, tame)))
+    attack = GradInversion.model_validate(
+        {"position": SERVER, "channel": Channel.GRADIENT, "steps": 5}
+    )
+    lost, found = attack.reconstruct(case)
+    assert "search_diverged" in lost.flags
+    assert lost.samples is not None
+    assert (lost.samples == 0.5).all()
+    assert (lost.confidence == -torch.inf).all()
+    assert "search_diverged" not in found.flags
+    assert found.samples is not None
+    assert (found.samples != 0.5).any()
+    assert found.confidence.isfinite().all()
+
+
+def test_a_short_search_has_a_short_warmup() -> None:
+    case, _ = update_case()
+    schedules = list[Schedule]()
+
+    class Warming(GradInversion):
+        def search(self, *args: Any) -> tuple[Tensor, Tensor]:
+            schedules.append(args[3])
+            return super().search(*args)
+
+    options = {"position": SERVER, "channel": Channel.CLIENT_UPDATE, "label_orders": 2}
+    Warming.model_validate({**options, "steps": 40, "warmup": 10}).reconstruct(case)
+    Warming.model_validate({**options, "steps": 40, "warmup": 50}).reconstruct(case)
+    assert [(one.steps, one.warmup) for one in schedules] == [(8, 2), (40, 10), (8, 4), (40, 20)]
+
+
+def headless(case: Case) -> Case:
+    """With the first client's last layer left as it was."""
+    start, seen, *others = case.transcript.observations
+    payload = dict(seen.payload)
+    for name in list(payload)[-2:]:
+        payload[name] = torch.zeros_like(payload[name])
+    items = (start, replace(seen, payload=payload), *others)
+    return replace(case, transcript=replace(case.transcript, observations=items))
+
+
+def test_a_silent_last_layer_is_told_and_its_labels_guessed() -> None:
+    case = headless(gradient_case(MLP(hidden=(32,)), sets([8, 2], seed=0)))
+    silent, plain = inverting(steps=2).reconstruct(case)
+    assert silent.flags == {"zero_gradients_in_last_layer"}
+    assert plain.flags == set()
+    assert silent.labels is not None
+    assert len(silent.labels.unique()) > 2
+    again, _ = inverting(steps=2).reconstruct(case)
+    assert torch.equal(silent.labels, again.labels)
+
+
+def test_more_classes_than_records_are_told() -> None:
+    images, labels = sets([4], seed=0)[0][0], torch.tensor([1, 3, 5, 7])
+    case = gradient_case(MLP(hidden=(32,)), [(images, labels)])
+    (found,) = inverting(steps=2, assume={"records": 2}).reconstruct(case)
+    assert found.flags == {
+        "false_knowledge: records 2 for 4",
+        "more_classes_than_records: 4 for 2",
+    }
+    granted = replace(case, knowledge=replace(case.knowledge, labels={"client0": labels}))
+    assert inverting(steps=2).reconstruct(granted)[0].flags == set()
+
+
+def test_one_target_that_does_not_fit_leaves_the_others_alone() -> None:
+    case = gradient_case(MLP(hidden=(32,)), sets([2, 2], seed=0))
+    labels = {"client0": torch.tensor([1, 2, 3]), "client1": torch.tensor([4, 5])}
+    case = replace(case, knowledge=replace(case.knowledge, labels=labels))
+    odd, fine = inverting(steps=5).reconstruct(case)
+    assert odd.flags == {"records_do_not_fit: 2 records"}
+    assert (odd.confidence == -torch.inf).all()
+    assert odd.samples is not None
+    assert odd.samples.shape == (2, *SHAPE)
+    assert fine.flags == set()
+    assert fine.labels is not None
+    assert fine.labels.tolist() == [4, 5]
+
+
+def test_idlg_answers_what_is_of_one_record_and_tells_the_rest() -> None:
+    case = gradient_case(LeNet(channels=4), sets([2, 1], seed=0))
+    options = {"position": SERVER, "channel": Channel.GRADIENT, "steps": 5}
+    several, single = IDLG.model_validate(options).reconstruct(case)
+    assert several.flags == {"records_do_not_fit: 2 records"}
+    assert single.confidence.isfinite().all()
+
+
+def test_restarts_beyond_the_memory_are_searched_in_turn_and_end_alike() -> None:
+    (clients,) = sets([2], seed=0)
+    case = gradient_case(MLP(hidden=(3000,)), [clients])
+    options = {"channel": Channel.GRADIENT, "restarts": 5, "init": "uniform"}
+    whole, once = watched(case, memory_mb=4096, **options)
+    split, turns = watched(case, memory_mb=32, **options)
+    sizes = [len(labels) for labels, _ in turns]
+    assert [len(labels) for labels, _ in once] == [5]
+    assert sum(sizes) == 5
+    assert len(sizes) > 1
+    torch.testing.assert_close(split.confidence, whole.confidence, rtol=1e-3, atol=1e-5)
+    _, wide = watched(case, memory_mb=64, precision="float64", **options)
+    _, narrow = watched(case, memory_mb=64, **options)
+    assert len(wide) > len(narrow)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.evidence import AttackError, read
+from fedmi.attacks.engine.gradient_matching import GradientMatching
 from fedmi.attacks.engine.inversion import statistics_penalty
 from fedmi.attacks.engine.labels import METHODS
 from fedmi.attacks.engine.matching import Problem
@@ -17,6 +18,8 @@ from fedmi.attacks.engine.penalties import GroupConsistency
 from fedmi.attacks.engine.unknowns import Unknown
 from fedmi.attacks.gradient.gradinversion import GradInversion
 from fedmi.attacks.gradient.inverting_gradients import InvertingGradients
+from fedmi.attacks.gradient.modern import Modern
+from fedmi.attacks.gradient.temporal_inversion import TemporalInversion
 from fedmi.exposure.observation import Observation
 from fedmi.exposure.recipe import LocalWork, Recipe
 from fedmi.exposure.seeding import Seed
@@ -98,7 +101,8 @@ def test_beside_a_gradient_the_statistics_of_the_batch_are_told() -> None:
     assert case.knowledge.build is not None
     network = load(case.knowledge.build, seen.base, "train")
     (penalty,) = statistics_penalty(attack(), case, seen, 1.0)
-    wanted, true = penalty.given(seen, network), layer_statistics(base_model(NORMED), batch[0])
+    wanted = penalty.given(seen, batch[1], network)
+    true = layer_statistics(base_model(NORMED), batch[0])
     assert wanted.keys() == true.keys()
     for name, value in true.items():
         assert torch.allclose(wanted[name], value, atol=1e-5), name
@@ -118,7 +122,8 @@ def test_an_update_read_as_one_gradient_tells_them_too() -> None:
     assert case.knowledge.build is not None
     network = load(case.knowledge.build, seen.base, "train")
     (penalty,) = statistics_penalty(naive, case, naive.planned(case, seen), 1.0)
-    wanted, true = penalty.given(seen, network), layer_statistics(base_model(NORMED), batch[0])
+    wanted = penalty.given(seen, batch[1], network)
+    true = layer_statistics(base_model(NORMED), batch[0])
     for name, value in true.items():
         assert torch.allclose(wanted[name], value, atol=1e-2 * float(value.abs().max())), name
 
@@ -132,6 +137,40 @@ def test_statistics_count_only_where_granted() -> None:
     assert found.equal(without)
     granted = attack(steps=5).reconstruct(with_statistics([batch], granted=True))
     assert not granted[0].confidence.equal(found)
+
+
+@pytest.mark.parametrize("kind", [GradInversion, InvertingGradients, Modern, TemporalInversion])
+def test_granted_statistics_that_are_not_there_are_told(kind: type[GradientMatching]) -> None:
+    batch = images(4, 0), DISTINCT
+    options = {"rounds": (1, 2)} if kind is TemporalInversion else {}
+
+    def told(case: Case, **more: object) -> bool:
+        one = kind.model_validate(
+            {"position": SERVER, "channel": Channel.GRADIENT, "steps": 1, **options, **more}
+        )
+        return "bn_statistics_absent" in one.reconstruct(case)[0].flags
+
+    sent = with_statistics([batch], granted=True)
+    assert not told(sent)
+    assert not told(with_statistics([batch], granted=False))
+    start, seen = sent.transcript.observations
+    names = {name for name, _ in base_model(NORMED).named_parameters()}
+    bare = replace(seen, payload={n: p for n, p in seen.payload.items() if n in names})
+    without = replace(sent, transcript=replace(sent.transcript, observations=(start, bare)))
+    assert told(without)
+    assert not told(without, bn_weight=0)
+    calm = LocalWork(recipe=Recipe(batch_size=64, mode="eval"))
+    assert told(replace(sent, knowledge=replace(sent.knowledge, work=calm)))
+    work = LocalWork(recipe=Recipe(batch_size=64))
+    plain = make_case(
+        PLAIN,
+        [mean_gradient(base_model(PLAIN), *batch)],
+        [4],
+        Channel.GRADIENT,
+        work,
+        facts=[Fact.BN_STATISTICS],
+    )
+    assert told(plain)
 
 
 @pytest.mark.parametrize("kind", [GradInversion, InvertingGradients])

@@ -17,6 +17,7 @@ from fedmi.attacks.engine.labels import (
     recover,
     single_label,
 )
+from fedmi.attacks.engine.labels.attack import LabelAttack
 from fedmi.attacks.gradient.bias_labels import BiasLabels
 from fedmi.attacks.gradient.gradinversion_labels import GradInversionLabels
 from fedmi.attacks.gradient.idlg_labels import IDLGLabels
@@ -28,7 +29,7 @@ from fedmi.exposure.words import Channel, Fact
 from fedmi.models.base import ModelSpec, Shape
 from fedmi.models.classifiers import MLP, Softmax
 from fedmi.models.convolutional import ConvNet, LeNet
-from fedmi.training.local import mean_gradient
+from fedmi.training.local import batches, fit, mean_gradient
 from tests.gradient_cases import (
     SERVER,
     base_model,
@@ -451,3 +452,72 @@ def test_one_record_is_read_from_the_whole_layer_where_rounding_took_the_bias(
     assert hits(found, clients) == 1
     assert min(float(confidence) for _, confidence in found) > 0.999
     assert hits(recovered(case, "idlg"), clients) < 0.5
+
+
+def flagged(attack: LabelAttack, case: Case) -> list[set[str]]:
+    return [set(found.flags) for found in attack.reconstruct(case)]
+
+
+def of_classes(*labels: int) -> tuple[Tensor, Tensor]:
+    return images(len(labels), seed=3), torch.tensor(labels)
+
+
+def counting(case: Case, records: int) -> Case:
+    """With the first item said to hold so many records."""
+    start, seen, *others = case.transcript.observations
+    items = (start, replace(seen, clear={"num_examples": float(records)}), *others)
+    return replace(case, transcript=replace(case.transcript, observations=items))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_more_classes_than_records_are_flagged(spec: ModelSpec) -> None:
+    case = counting(gradient_case(spec, [of_classes(1, 3, 5, 7), of_classes(1, 3)]), 2)
+    attack = BiasLabels(position=SERVER, channel=Channel.GRADIENT)
+    assert flagged(attack, case) == [{"more_classes_than_records: 4 for 2"}, set()]
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.1])
+def test_rounding_of_an_update_is_not_a_class(rate: float) -> None:
+    clients = distinct(6, batches=4)
+    state = fitted(MLP(), clients, steps=600)
+    work = LocalWork(recipe=Recipe(learning_rate=rate, batch_size=3), epochs=2)
+    payloads = list[dict[str, Tensor]]()
+    for batch in clients:
+        model = base_model(MLP())
+        model.load_state_dict(state)
+        fit(model, *batch, batches(6, work, Seed.root(0)), work)
+        payloads.append(model.state_dict())
+    case = make_case(MLP(), payloads, [6] * 4, Channel.CLIENT_UPDATE, work)
+    start, *seen = case.transcript.observations
+    items = (replace(start, payload=state), *seen)
+    case = replace(case, transcript=replace(case.transcript, observations=items))
+    attack = BiasLabels(position=SERVER, channel=Channel.CLIENT_UPDATE)
+    assert flagged(attack, case) == [{"steps_read_as_one"}] * 4
+
+
+def test_a_silent_last_layer_is_answered_with_a_flagged_guess() -> None:
+    case = gradient_case(MLP(), sets([3, 3], seed=0))
+    start, seen, other = case.transcript.observations
+    payload = dict(seen.payload)
+    for name in list(payload)[-2:]:
+        payload[name] = torch.zeros_like(payload[name])
+    items = (start, replace(seen, payload=payload), other)
+    case = replace(case, transcript=replace(case.transcript, observations=items))
+    for kind in (BiasLabels, IRLG, LLG):
+        attack = kind.model_validate({"position": SERVER, "channel": Channel.GRADIENT})
+        silent, plain = attack.reconstruct(case)
+        assert silent.flags == {"zero_gradients_in_last_layer"}
+        assert silent.samples is None
+        assert (silent.confidence == -torch.inf).all()
+        assert plain.flags == set()
+
+
+def test_idlg_answers_the_single_records_and_tells_the_batches() -> None:
+    clients = sets([1, 3, 1], seed=0)
+    attack = IDLGLabels(position=SERVER, channel=Channel.GRADIENT)
+    found = attack.reconstruct(gradient_case(MLP(), clients))
+    assert [set(one.flags) for one in found] == [set(), {"records_do_not_fit: 3 records"}, set()]
+    assert rate((found[0], found[2]), [clients[0], clients[2]]) == 1
+    assert found[1].samples is None
+    assert found[1].labels is not None
+    assert found[1].labels.shape == (3,)

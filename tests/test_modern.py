@@ -107,7 +107,7 @@ def penalty_and_trial(labels: list[int]) -> tuple[FeaturePenalty, Case, Evidence
     batch = images(len(labels), 0), torch.tensor(labels)
     case = gradient_case(CONVNET, [batch])
     seen = read(case, Channel.GRADIENT)[0]
-    penalty = FeaturePenalty(1.0, last_with_bias(base_model(CONVNET)), lambda _: batch[1])
+    penalty = FeaturePenalty(1.0, last_with_bias(base_model(CONVNET)))
     return penalty, case, seen, batch[0]
 
 
@@ -116,7 +116,7 @@ def test_the_penalty_is_zero_for_the_truth_and_one_for_grey(labels: list[int]) -
     penalty, case, seen, truth = penalty_and_trial(labels)
     assert case.knowledge.build is not None
     network = load(case.knowledge.build, seen.base, "train")
-    given = penalty.given(seen, network)
+    given = penalty.given(seen, torch.tensor(labels), network)
 
     def value(inputs: Tensor) -> float:
         return float(penalty.value(Trial(inputs, torch.tensor(labels), {}, {}), given, network))
@@ -139,11 +139,55 @@ def test_columns_that_were_cut_are_left_out_of_the_penalty() -> None:
     seen = replace(seen, gradient=cut)
     trial = Trial(truth, torch.tensor([3]), {}, {})
     naive, adapted = (
-        float(penalty.value(trial, penalty.given(item, network), network))
+        float(penalty.value(trial, penalty.given(item, trial.labels, network), network))
         for item in (seen, replace(seen, support={name: support}))
     )
     assert naive > 1e-3
     assert adapted < 1e-5
+
+
+def test_of_a_batch_with_columns_cut_nothing_is_believed() -> None:
+    labels = [0, 4, 7, 9]
+    penalty, case, seen, truth = penalty_and_trial(labels)
+    assert case.knowledge.build is not None
+    name = f"{penalty.layer}.weight"
+    support = torch.ones_like(seen.gradient[name]).bool()
+    support[:, :20] = False
+    network = load(case.knowledge.build, seen.base, "train")
+    own = torch.tensor(labels)
+    given = penalty.given(replace(seen, support={name: support}), own, network)
+    for inputs in (truth, truth.flip(0), torch.full_like(truth, 0.5)):
+        assert float(penalty.value(Trial(inputs, own, {}, {}), given, network)) == 0
+
+
+def test_features_are_matched_for_the_labels_of_the_search() -> None:
+    """Read as one gradient the update is of another plan, whose labels would be other ones."""
+    work = LocalWork(recipe=Recipe(learning_rate=1.0, batch_size=2), epochs=3)
+    (batch,) = sets([6], seed=0)
+    payload = trained(CONVNET, batch, work, Seed.root(0))
+    case = make_case(CONVNET, [payload], [6], Channel.CLIENT_UPDATE, work)
+    attack = modern(Channel.CLIENT_UPDATE, local_simulation=False)
+    (seen,) = read(case, Channel.CLIENT_UPDATE)
+    problem = attack.problem(case, seen)
+    anew = attack.labels_of(case, problem.evidence)
+    assert anew.sort().values.tolist() != problem.labels[0].sort().values.tolist()
+    objective = attack.matching(case, problem.evidence).objective([problem])
+    counts = objective.known[2][1]["counts"][0]
+    assert counts.equal(problem.labels[0].bincount(minlength=CLASSES).float())
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_labels_are_recovered_once(weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    own = Modern.labels_of
+
+    def counted(self: Modern, case: Case, evidence: Evidence) -> Tensor:
+        asked.append(evidence.target.id)
+        return own(self, case, evidence)
+
+    monkeypatch.setattr(Modern, "labels_of", counted)
+    modern(steps=1, feature_weight=weight).reconstruct(gradient_case(CONVNET, sets([2, 2], 0)))
+    assert sorted(asked) == ["client0", "client1"]
 
 
 def test_features_are_those_of_the_model() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.evidence import AttackError
-from fedmi.attacks.engine.low_rank import exchanged, mixture, sampled, selected
+from fedmi.attacks.engine.low_rank import determined, exchanged, mixture, sampled, selected
 from fedmi.attacks.gradient.linear_inversion import LinearInversion
 from fedmi.attacks.gradient.spear import Spear
 from fedmi.exposure.recipe import LocalWork, Recipe
@@ -171,7 +171,9 @@ def test_a_dead_layer_and_a_bad_update_are_answered_blind() -> None:
     bad = {n: s * float("nan") for n, s in whole.items()}
     case = make_case(WIDE, [dead, bad, whole], [3, 3, 3], Channel.GRADIENT, ONE_STEP)
     silent, broken, fine = spear().reconstruct(case)
-    assert "zero_gradients" in silent.flags
+    assert silent.flags >= {"zero_gradients_in_read_layer"}
+    assert "zero_gradients" not in silent.flags
+    assert (silent.confidence == -torch.inf).all()
     assert "non_finite" in broken.flags
     assert recovered(fine, clients[0]) == 3
 
@@ -251,6 +253,21 @@ def test_a_swap_mends_a_wrong_choice() -> None:
     wrong[2] = unit(true[1:2] + true[2:3])[0]
     mended = exchanged(mixed, selected(mixed, wrong), true)
     assert ((mended @ true.T).abs().max(1).values > 1 - 1e-9).all()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_zeros_tell_a_direction_only_where_they_leave_it_no_freedom(alike: bool) -> None:
+    """Ten neurons silent for a record of three; all alike, they say no more than one."""
+    weight, bias, columns, inputs = planted(3, 60)
+    mixed = mixture(weight, bias, (columns @ inputs, columns.sum(1)), 3)
+    left = torch.rand(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    left[:10] = torch.tensor([1.0, 2.0, 0.0])
+    if not alike:
+        left[9] = torch.tensor([2.0, 1.0, 0.0])
+    mixed = replace(mixed, left=left, live=torch.ones(60, dtype=torch.bool))
+    direction = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+    assert int(mixed.zeros(direction).sum()) == 10
+    assert determined(mixed, direction) is not alike
 
 
 def test_no_targets_no_answers() -> None:

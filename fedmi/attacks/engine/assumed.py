@@ -1,20 +1,28 @@
 """What an adversary takes to be so of the local training, right or wrong."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedmi.attacks.base import Case
+from fedmi.attacks.engine.evidence import AttackError, Evidence
 from fedmi.exposure.observation import Observation
 from fedmi.exposure.recipe import LocalWork
+
+Reader = Callable[[Case], Sequence[Evidence]]
+"""Case -> the evidence for each of its targets, in order."""
+Simulates = Callable[[Evidence], bool]
+"""Whether the attack simulates local steps, rather than reading the update as one gradient."""
 
 
 class Assumed(BaseModel):
     """Local training as the adversary believes it to be; 0 = as it was told.
 
-    Each belief that differs from what the position knows is a flag of the answer, such as
-    `false_knowledge: batch_size 8 for 4`.
+    Each belief that differs from what is so of a target is a flag of its answer, such as
+    `false_knowledge: batch_size 8 for 4`; `belief_without_effect: batch_size` where the attack
+    would have done the very same without it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,16 +34,49 @@ class Assumed(BaseModel):
     learning_rate: float = Field(default=0.0, ge=0, description="SGD step size of clients")
 
     def applied(self, case: Case) -> tuple[Case, frozenset[str]]:
-        """The case as the adversary sees it, and a flag for every false belief."""
-        told = set(self._false_work(case.knowledge.work))
-        work = self._work(case.knowledge.work)
+        """The case as the adversary sees it, and the names of its beliefs."""
         transcript = case.transcript
         if self.records:
-            told |= set(self._false_counts(case))
             seen = tuple(map(self._recounted, transcript.observations))
             transcript = replace(transcript, observations=seen)
-        knowledge = replace(case.knowledge, work=work)
-        return replace(case, knowledge=knowledge, transcript=transcript), frozenset(told)
+        knowledge = replace(case.knowledge, work=self._work(case.knowledge.work))
+        believed = replace(case, knowledge=knowledge, transcript=transcript)
+        return believed, frozenset(self.held)
+
+    def flags(self, case: Case, reader: Reader, simulates: Simulates) -> list[frozenset[str]]:
+        """What is wrong with the beliefs, target by target of the case as it was told."""
+        if not self.held:
+            return [frozenset()] * len(case.targets)
+        true, believed = _views(case, reader), _views(self.applied(case)[0], reader)
+        found = [set[str]() for _ in case.targets]
+        for name in self.held:
+            other = self.model_copy(update={name: type(getattr(self, name))(0)})
+            without = _views(other.applied(case)[0], reader)
+            rows = zip(found, true, believed, without, strict=True)
+            for flags, told, taken, left in rows:
+                if said := self._false(name, told, taken):
+                    idle = taken and left and not taken.differs(left, simulates)
+                    flags.add(f"belief_without_effect: {name}" if idle else said)
+        return [frozenset(flags) for flags in found]
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The names of the beliefs."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name))
+
+    def _false(self, name: str, told: "_View | None", taken: "_View | None") -> str:
+        """The flag of a belief that is not so; "" where it is, or where that is not known."""
+        if told is None or taken is None:
+            return ""
+        if name == "records":
+            right, wrong = told.examples, taken.examples
+            if sum(right) == sum(wrong) and (right == wrong or 1 in {len(right), len(wrong)}):
+                return ""
+            return f"false_knowledge: records {_text(wrong, right)} for {_text(right, wrong)}"
+        value, believed = told.value(name), getattr(self, name)
+        if value is None or value == believed:
+            return ""
+        return f"false_knowledge: {name} {believed:g} for {value:g}"
 
     def _work(self, work: LocalWork | None) -> LocalWork | None:
         if work is None:
@@ -47,26 +88,6 @@ class Assumed(BaseModel):
             turns |= {"epochs": self.epochs, "steps": 0}
         return work.model_copy(update=turns | ({"steps": self.steps} if self.steps else {}))
 
-    def _false_work(self, work: LocalWork | None) -> Iterator[str]:
-        if work is None:
-            return
-        true = {
-            "batch_size": work.recipe.batch_size,
-            "learning_rate": work.recipe.learning_rate,
-            "epochs": work.epochs if not work.steps else 0,
-            "steps": work.steps,
-        }
-        for name, value in true.items():
-            believed = getattr(self, name)
-            if believed and believed != value:
-                yield f"false_knowledge: {name} {believed:g} for {value:g}"
-
-    def _false_counts(self, case: Case) -> Iterator[str]:
-        for seen in case.transcript.observations:
-            told = seen.clear.get("num_examples", 0)
-            if len(seen.clients) == 1 and told and told != self.records:
-                yield f"false_knowledge: records {self.records} for {told:g}"
-
     def _recounted(self, seen: Observation) -> Observation:
         if not seen.clients:
             return seen
@@ -74,3 +95,66 @@ class Assumed(BaseModel):
         own = each if len(seen.clients) > 1 else {}
         total = {"num_examples": float(self.records * len(seen.clients))}
         return replace(seen, clear={**seen.clear, **own, **total})
+
+
+@dataclass(frozen=True)
+class _View:
+    """One target's evidence under some beliefs, and the work it was read with."""
+
+    evidence: Evidence
+    work: LocalWork | None
+    labelled: bool
+
+    @property
+    def examples(self) -> tuple[int, ...]:
+        """Records of each party; of all together where nothing says whose they are."""
+        return self.evidence.plan.examples or (self.evidence.records,)
+
+    def value(self, name: str) -> float | None:
+        """What is so of a belief; epochs of a client that counts steps, or steps of one that
+        counts epochs, are those that its work amounts to. None where work is not known."""
+        if self.work is None:
+            return None
+        if name == "steps":
+            return max(map(len, self.evidence.plan.parties), default=0)
+        if name == "epochs":
+            once = self.work.model_copy(update={"epochs": 1, "steps": 0})
+            steps = len(once.batch_sizes(max(self.examples)))
+            return self.work.steps / steps if self.work.steps else self.work.epochs
+        return float(getattr(self.work.recipe, name))
+
+    def differs(self, other: "_View", simulates: Simulates) -> bool:
+        """Whether anything that an attack goes by is not the same."""
+        ours, theirs = self.evidence, other.evidence
+        simulated = simulates(ours)
+        if ours.records != theirs.records:
+            return True
+        if simulated and (
+            ours.plan.parties != theirs.plan.parties
+            or ours.plan.shares != theirs.plan.shares
+            or self.value("learning_rate") != other.value("learning_rate")
+        ):
+            return True
+        if simulated and self.labelled:
+            return False
+        return any(
+            not torch.equal(part, theirs.gradient[key]) for key, part in ours.gradient.items()
+        )
+
+
+def _views(case: Case, reader: Reader) -> list[_View | None]:
+    """Of each target; None where the number of its records is not known."""
+    return [_view(replace(case, targets=(target,)), reader) for target in case.targets]
+
+
+def _view(case: Case, reader: Reader) -> _View | None:
+    try:
+        (evidence,) = reader(case)
+    except AttackError:
+        return None
+    return _View(evidence, case.knowledge.work, evidence.target.id in case.knowledge.labels)
+
+
+def _text(counts: tuple[int, ...], others: tuple[int, ...]) -> str:
+    """The sum; where sums are alike, what each party holds."""
+    return str(sum(counts)) if sum(counts) != sum(others) else "+".join(map(str, counts))

@@ -107,7 +107,7 @@ class OrderInvariance:
     seed: Seed
     relative: bool = False
 
-    def given(self, evidence: Evidence, network: Network) -> Given:
+    def given(self, evidence: Evidence, labels: Tensor, network: Network) -> Given:
         if not self.summary.startswith("conv"):
             return {}
         channels, rng = evidence.input_shape[0], self.seed.torch()

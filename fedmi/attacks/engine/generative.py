@@ -43,7 +43,7 @@ class GenerativeMatching(GradientMatching):
 
     prior: Training = Field(default=Training(), description="the generator and its training")
     latent_weight: float = Field(
-        default=0.01, ge=0, description="of the mean of z^2 / 2, in units of the distance"
+        default=0.02, ge=0, description="of the mean of z^2 / 2, in units of the distance"
     )
     tv_weight: float = Field(default=0.03, ge=0, description="of TV, in units of the distance")
     start_std: float = Field(default=0.3, ge=0, le=10, description="z starts from N(0, its square)")

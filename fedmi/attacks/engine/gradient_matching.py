@@ -1,13 +1,13 @@
 """Attacks that search for records whose update is the observed one: what they all share."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmi.attacks.base import Attack, Case, Reconstruction
 from fedmi.attacks.engine import adaptive
@@ -16,9 +16,19 @@ from fedmi.attacks.engine.batching import bytes_per_problem, chunks
 from fedmi.attacks.engine.descent import Objective, Schedule, minimise
 from fedmi.attacks.engine.distances import Distance
 from fedmi.attacks.engine.evidence import MUTE, AttackError, Evidence, blind, read
-from fedmi.attacks.engine.labels import LabelMethod, granted, recover
+from fedmi.attacks.engine.labels import (
+    LabelMethod,
+    RecordsDoNotFit,
+    doubts,
+    granted,
+    guessed,
+    recover,
+    silent,
+    unfit,
+)
 from fedmi.attacks.engine.matching import Coupling, Matching, Problem
 from fedmi.attacks.engine.network import load
+from fedmi.attacks.engine.parts import Progress, at_home, diverged, few, risen, unknowable, within
 from fedmi.attacks.engine.penalties import Penalty
 from fedmi.attacks.engine.plan import Plan, deal, one_step
 from fedmi.attacks.engine.protected import names
@@ -26,10 +36,12 @@ from fedmi.attacks.engine.unknowns import Pixels, Unknown
 from fedmi.exposure.recipe import LocalWork
 from fedmi.exposure.words import Fact
 
+__all__ = ["GradientMatching", "Progress"]
+
 SCOUTING = 5
 """A search among label orders takes a fifth of the steps."""
+UNLABELLED = "batch_order_without_labels"
 
-Progress = Callable[[float], None]
 Alike = tuple[tuple[int, Plan], ...]
 """Round and plan of all that a problem is matched to; problems that share them are one batch."""
 
@@ -114,9 +126,14 @@ class GradientMatching(Attack):
         return "grey"
 
     def labels_of(self, case: Case, evidence: Evidence) -> Tensor:
-        """The labels it searches with, [n]: granted, or recovered first."""
+        """The labels it searches with, [n]: granted, recovered first, or guessed where the last
+        layer says nothing."""
         told = granted(case, evidence)
-        return recover(case, evidence, self.label_recovery)[0] if told is None else told
+        if told is not None:
+            return told
+        if silent(case, evidence):
+            return guessed(case, evidence)
+        return recover(case, evidence, self.label_recovery)[0]
 
     def planned(self, case: Case, evidence: Evidence) -> Evidence:
         """The evidence with the plan that is simulated."""
@@ -168,24 +185,23 @@ class GradientMatching(Attack):
         return read(case, self.channel)
 
     def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
-        case, flags = self.assume.applied(case)
+        believed, _ = self.assume.applied(case)
+        wrong = self.assume.flags(case, self.read, self.simulates)
+        unknown = unknowable(believed)
         seen = [
-            replace(item, flags=item.flags | flags | self._unknowable(case))
-            for item in self.read(case)
+            replace(item, flags=item.flags | flags | unknown)
+            for item, flags in zip(self.read(believed), wrong, strict=True)
         ]
-        return self.invert(case, seen)
+        return self.invert(believed, seen)
 
     def invert(self, case: Case, seen: Sequence[Evidence]) -> tuple[Reconstruction, ...]:
         """The answers to the case's targets, whatever way their evidence was come by.
 
-        Evidence with a flag of `MUTE` says nothing and is answered blindly.
+        Evidence with a flag of `MUTE` says nothing and is answered blindly; so is that of a number
+        of records which the attack or the granted labels do not fit, but if there is no other,
+        `RecordsDoNotFit` is raised.
         """
-        answers = {item.target.id: blind(case, item) for item in seen if item.flags & MUTE}
-        groups: dict[Alike, list[Problem]] = {}
-        for item in seen:
-            if not item.flags & MUTE:
-                problem = self.problem(case, item)
-                groups.setdefault(_alike(problem), []).append(problem)
+        groups, answers = self._groups(case, seen)
         done, total = 0, sum(map(len, groups.values()))
         for problems in groups.values():
             matching = self.matching(case, problems[0].evidence)
@@ -195,6 +211,28 @@ class GradientMatching(Attack):
                 done += len(part)
         case.progress(1.0)
         return tuple(answers[target.id] for target in case.targets)
+
+    def _groups(
+        self, case: Case, seen: Sequence[Evidence]
+    ) -> tuple[dict[Alike, list[Problem]], dict[str, Reconstruction]]:
+        """(what is to be searched for, answers to that which cannot be)."""
+        groups: dict[Alike, list[Problem]] = {}
+        answers: dict[str, Reconstruction] = {}
+        misfits: list[RecordsDoNotFit] = []
+        for item in seen:
+            if item.flags & MUTE:
+                answers[item.target.id] = blind(case, item)
+                continue
+            try:
+                problem = self.problem(case, item)
+            except RecordsDoNotFit as error:
+                misfits.append(error)
+                answers[item.target.id] = unfit(case, item)
+            else:
+                groups.setdefault(_alike(problem), []).append(problem)
+        if misfits and len(misfits) == len(seen):
+            raise misfits[0]
+        return groups, answers
 
     def simulates(self, evidence: Evidence) -> bool:
         return self.local_simulation and not evidence.of_gradient
@@ -247,7 +285,7 @@ class GradientMatching(Attack):
         if self.adaptive:
             evidence = adaptive.adapted(case, evidence)
         labels = self.labels_of(case, evidence)
-        evidence = self.planned(case, evidence)
+        evidence = self.planned(case, self._doubted(case, evidence))
         tries = self._tries(case, evidence)
         starts = [self.start(case, evidence, number) for number in range(tries)]
         dealt = [self.dealt(case, evidence, labels, number) for number in range(tries)]
@@ -255,14 +293,28 @@ class GradientMatching(Attack):
             evidence, torch.stack(dealt), torch.stack(starts), case.seed.child(evidence.target.id)
         )
 
+    def _doubted(self, case: Case, evidence: Evidence) -> Evidence:
+        """With flags for what is odd about the labels, where they are not granted."""
+        if evidence.target.id in case.knowledge.labels:
+            return evidence
+        flags = evidence.flags | doubts(case, evidence)
+        if Fact.BATCH_ORDER in case.knowledge.facts and evidence.plan.order_matters:
+            flags |= {UNLABELLED}
+        return replace(evidence, flags=flags)
+
+    def _ordered(self, case: Case, evidence: Evidence) -> bool:
+        """Whether the labels came in the granted batch order; recovered ones come in none."""
+        ordered = Fact.BATCH_ORDER in case.knowledge.facts
+        return ordered and evidence.target.id in case.knowledge.labels
+
     def _tries(self, case: Case, evidence: Evidence) -> int:
         """Starts a target: more than the restarts where the labels' order has to be found."""
-        known = Fact.BATCH_ORDER in case.knowledge.facts or not evidence.plan.order_matters
+        known = self._ordered(case, evidence) or not evidence.plan.order_matters
         return self.restarts if known else max(self.restarts, self.label_orders)
 
     def dealt(self, case: Case, evidence: Evidence, labels: Tensor, number: int) -> Tensor:
         """The labels in the granted order, or dealt over the steps: evenly, then at random."""
-        if Fact.BATCH_ORDER in case.knowledge.facts:
+        if self._ordered(case, evidence):
             return labels
         if not number or not evidence.plan.order_matters:
             return deal(labels, evidence.plan)
@@ -280,53 +332,60 @@ class GradientMatching(Attack):
         shape = (plan.records, *problem.evidence.input_shape)
         some = next(iter(matching.network.parameters.values()))
         need = bytes_per_problem(matching.network, some.new_full(shape, 0.5), steps)
-        return max(1, self.memory_mb * 2**20 // (need * len(problem.starts)))
+        wide = torch.finfo(self.dtype).bits // 32
+        return max(1, self.memory_mb * 2**20 // (need * wide * len(problem.starts)))
 
     def _solve(
         self, case: Case, matching: Matching, problems: Sequence[Problem], report: Progress
     ) -> list[Reconstruction]:
-        schedule = self.schedule()
+        schedule = risen(self.schedule())
         if len(problems[0].starts) > self.restarts:
             problems = self._scouted(case, matching, problems, lambda share: report(share / 2))
-        points, losses = self.search(case, matching, problems, schedule, report)
-        return [
-            _at_home(self.answer(problem, points[row], losses[row], matching.unknown))
-            for row, problem in enumerate(problems)
-        ]
+        points, losses = self._searched(case, matching, problems, schedule, report)
+        answers: list[Reconstruction] = []
+        for row, problem in enumerate(problems):
+            found = self.answer(problem, points[row], losses[row], matching.unknown)
+            finite = bool(losses[row].isfinite().any())
+            answers.append(at_home(found if finite else diverged(found)))
+        return answers
 
     def _scouted(
         self, case: Case, matching: Matching, problems: Sequence[Problem], report: Progress
     ) -> list[Problem]:
         """Each problem with the starts, as far as a short search took them, of lowest loss."""
-        schedule = self.schedule()
-        short = replace(schedule, steps=max(1, schedule.steps // SCOUTING))
-        reached, losses = self.search(case, matching, problems, short, report)
+        schedule = risen(self.schedule())
+        steps, warmup = max(1, schedule.steps // SCOUTING), schedule.warmup // SCOUTING
+        short = replace(schedule, steps=steps, warmup=warmup)
+        reached, losses = self._searched(case, matching, problems, short, report)
         best = losses.argsort(1)[:, : self.restarts].cpu()
         return [
             replace(problem, labels=problem.labels[chosen], starts=reached[row, chosen])
             for row, (problem, chosen) in enumerate(zip(problems, best, strict=True))
         ]
 
-    def _unknowable(self, case: Case) -> frozenset[str]:
-        """Dropout masks of a client in train mode are drawn by it, and simulated as off."""
-        work, build = case.knowledge.work, case.knowledge.build
-        if build is None or work is None or work.recipe.mode != "train":
-            return frozenset()
-        kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-        drops = any(isinstance(module, kinds) and module.p > 0 for module in build().modules())
-        return frozenset({"dropout_masks_unknown"}) if drops else frozenset()
+    def _searched(
+        self,
+        case: Case,
+        matching: Matching,
+        problems: Sequence[Problem],
+        schedule: Schedule,
+        report: Progress,
+    ) -> tuple[Tensor, Tensor]:
+        """`search`, inf for a loss that is not a number.
 
-
-def _at_home(found: Reconstruction) -> Reconstruction:
-    """On the CPU, in float32."""
-    assert found.samples is not None
-    assert found.labels is not None
-    return replace(
-        found,
-        samples=found.samples.detach().float().cpu(),
-        labels=found.labels.cpu(),
-        confidence=found.confidence.float().cpu(),
-    )
+        Restarts of one target that are too many for the memory budget, and have nothing to do with
+        one another, are searched in turn.
+        """
+        size = tries = len(problems[0].starts)
+        if matching.coupling is None and len(problems) == 1:
+            size = min(tries, self._fitting(matching, few(problems[0], 0, 1)))
+        found: list[tuple[Tensor, Tensor]] = []
+        for at in range(0, tries, size):
+            some = [few(problem, at, size) for problem in problems]
+            inner = within(report, at / tries, min(size, tries - at) / tries)
+            found.append(self.search(case, matching, some, schedule, inner))
+        points, losses = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return points, losses.nan_to_num(torch.inf, torch.inf)
 
 
 def _alike(problem: Problem) -> Alike:
@@ -334,4 +393,4 @@ def _alike(problem: Problem) -> Alike:
 
 
 def _report(case: Case, start: float, size: float) -> Progress:
-    return lambda share: case.progress(start + share * size)
+    return within(case.progress, start, size)

@@ -1,19 +1,25 @@
 """The recipe of Inverting Gradients, which attacks on sealed updates end in as well."""
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import nn
 
 from fedmi.attacks.base import Case
 from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.evidence import Evidence
 from fedmi.attacks.engine.gradient_matching import GradientMatching
+from fedmi.attacks.engine.matching import Problem
 from fedmi.attacks.engine.penalties import BatchStatisticsPenalty, Penalty, TotalVariation
 from fedmi.exposure.words import Fact
 
 
 class Inversion(GradientMatching):
-    """Adam on the direction of the update and the total variation; see `InvertingGradients`."""
+    """Adam on the direction of the update and the total variation; see `InvertingGradients`.
+
+    Flag `bn_statistics_absent`: they are granted, and the update has none to match.
+    """
 
     learning_rate: float = Field(default=0.05, gt=0, le=10, description="Adam's step, in pixels")
     tv_weight: float = Field(default=0.1, ge=0, description="weight of TV, in units of `tv_unit`")
@@ -45,6 +51,9 @@ class Inversion(GradientMatching):
             found.append(TotalVariation(self.tv_weight))
         return (*found, *statistics_penalty(self, case, evidence, self.bn_weight))
 
+    def problem(self, case: Case, evidence: Evidence) -> Problem:
+        return super().problem(case, statistics_told(self, case, evidence, self.bn_weight))
+
 
 def statistics_penalty(
     attack: GradientMatching,
@@ -70,3 +79,30 @@ def statistics_penalty(
         return ()
     steps = (1 if evidence.of_gradient else len(work.batch_sizes(evidence.records)),)
     return (BatchStatisticsPenalty(weight, (1.0,), steps, False, relative),)
+
+
+def statistics_told(
+    attack: GradientMatching, case: Case, evidence: Evidence, weight: float
+) -> Evidence:
+    """With the flag `bn_statistics_absent` where they are granted and there is nothing to match.
+
+    That is where a client normalised by running statistics (eval mode), or the model does not
+    normalise at all, the update carries none, or they are an average of several clients'.
+    """
+    if Fact.BN_STATISTICS not in case.knowledge.facts or not weight:
+        return evidence
+    if statistics_penalty(attack, case, evidence, weight) and _sent(case, evidence):
+        return evidence
+    return replace(evidence, flags=evidence.flags | {"bn_statistics_absent"})
+
+
+def _sent(case: Case, evidence: Evidence) -> bool:
+    """Whether the update carries statistics of batches that its gradients were taken with."""
+    build, work = case.knowledge.build, case.knowledge.work
+    if build is None or work is None or work.recipe.mode != "train":
+        return False
+    return any(
+        f"{name}.running_mean" in evidence.buffers
+        for name, layer in build().named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    )

@@ -17,9 +17,9 @@ Combine = Literal["mean", "trimmed"]
 class Joint:
     """The comparisons of several rounds; `Problem.also` holds what was seen in each but the last.
 
-    trimmed: of each coordinate the largest and the smallest slope are left out where there are
-    three rounds or more, so that a round whose update is not of these records, or is mostly noise,
-    steers less.
+    trimmed: where there are three rounds or more, of each coordinate the largest and the smallest
+    slope are left out, and of each point the largest and the smallest loss, so that a round whose
+    update is not of these records, or is mostly noise, steers less and chooses less.
     """
 
     earlier: tuple[Matching, ...]
@@ -36,7 +36,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class JointObjective:
-    """The mean loss over rounds, and the mean or the trimmed mean of its slopes."""
+    """The mean, or the trimmed mean, over rounds of losses, and of each coordinate of slopes."""
 
     parts: tuple[Objective, ...]
     combine: Combine
@@ -46,14 +46,17 @@ class JointObjective:
         return self.parts[0].restarts
 
     def losses(self, points: Tensor) -> Tensor:
-        return torch.stack([part.losses(points) for part in self.parts]).mean(0)
+        return self._mean(torch.stack([part.losses(points) for part in self.parts]))
 
     def slope(self, points: Tensor) -> tuple[Tensor, Tensor]:
         losses, slopes = zip(*(part.slope(points) for part in self.parts), strict=True)
-        every = torch.stack(slopes)
+        return self._mean(torch.stack(losses)), self._mean(torch.stack(slopes))
+
+    def _mean(self, every: Tensor) -> Tensor:
+        """Over rounds, [rounds, ...] -> [...]."""
         if self.combine == "trimmed" and len(every) > 2:
             every = every.sort(0).values[1:-1]
-        return torch.stack(losses).mean(0), every.mean(0)
+        return every.mean(0)
 
     def kept(self, problems: Tensor) -> "JointObjective":
         return replace(self, parts=tuple(part.kept(problems) for part in self.parts))

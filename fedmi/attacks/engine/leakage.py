@@ -13,8 +13,9 @@ from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.descent import Objective, Schedule
 from fedmi.attacks.engine.distances import Distance
 from fedmi.attacks.engine.evidence import Evidence
-from fedmi.attacks.engine.gradient_matching import GradientMatching, Progress
+from fedmi.attacks.engine.gradient_matching import GradientMatching
 from fedmi.attacks.engine.matching import Matching, Problem
+from fedmi.attacks.engine.parts import Progress
 from fedmi.attacks.engine.unknowns import Pixels, PixelsAndLabels, Unknown
 
 UNSOLVED, SEVERAL = "not_converged", "several_records"
@@ -27,7 +28,7 @@ class DeepLeakage(GradientMatching):
     |g|^2 is 1e-6 for a grey image already where the last layer holds most of the gradient.
     """
 
-    steps: int = Field(default=600, ge=1, le=1_000_000, description="evaluations of the loss")
+    steps: int = Field(default=800, ge=1, le=1_000_000, description="evaluations of the loss")
     optimizer: Literal["lbfgs", "adam"] = Field(default="lbfgs", description="how it goes down")
     learning_rate: float = Field(
         default=1.0,
@@ -36,7 +37,7 @@ class DeepLeakage(GradientMatching):
         description="first length tried by L-BFGS; Adam's step, in pixels",
     )
     history: int = Field(
-        default=600, ge=1, le=10_000, description="pairs that L-BFGS remembers, at most `steps`"
+        default=800, ge=1, le=10_000, description="pairs that L-BFGS remembers, at most `steps`"
     )
     start_std: float = Field(
         default=0.25,
@@ -121,7 +122,7 @@ class DeepLeakage(GradientMatching):
     def _fitting(self, matching: Matching, problem: Problem) -> int:
         """Counts what L-BFGS remembers as well."""
         budget, wide = self.memory_mb * 2**20, torch.finfo(self.dtype).bits // 8
-        plain = budget / super()._fitting(matching, problem) * wide / 4
+        plain = budget / super()._fitting(matching, problem)
         history = min(self.history, self.steps) * (self.optimizer == "lbfgs")
         pairs = 2 * wide * history * (problem.starts.numel() + history * len(problem.starts))
         return max(1, int(budget / (plain + pairs)))

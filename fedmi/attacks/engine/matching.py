@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedmi.attacks.engine.distances import Distance, cosine, distance_of, softened
-from fedmi.attacks.engine.evidence import Evidence
+from fedmi.attacks.engine.evidence import AttackError, Evidence
 from fedmi.attacks.engine.network import Network, one_gradient, simulate
 from fedmi.attacks.engine.penalties import Given, Penalty, Trial, stacked
 from fedmi.attacks.engine.plan import Plan
@@ -69,14 +70,18 @@ class Matching:
         """Of problems with one plan and as many restarts each.
 
         One batched function, or problem by problem where there is but one, or where vmap refuses
-        the module.
+        the module. Raises AttackError where it is to be compiled and cannot be.
         """
         if len(problems) * len(problems[0].starts) == 1 and not self.compiled:
             return self._one_by_one(problems)
         try:
             found = self._objective(problems)
             found.losses(found.points_of(problems))
-        except RuntimeError:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.compiled:
+                raise AttackError(_NOT_COMPILED.format(error=_first_line(error))) from error
             return self._one_by_one(problems)
         return found
 
@@ -93,13 +98,16 @@ class Matching:
             _like(stacked([dict(self._wanted(item)) for item in evidence]), some),
             _like(_supports(evidence), some),
             [
-                _like(stacked([penalty.given(item, self.network) for item in evidence]), some)
+                _like(stacked([self._given(penalty, item) for item in problems]), some)
                 for penalty in self.penalties
             ],
         )
         labels = torch.stack([problem.labels for problem in problems]).to(some.device)
         found = MatchingObjective(self, evidence[0].plan, labels, known, some.new_ones(len(labels)))
         return replace(found, unit=self._units(found, problems))
+
+    def _given(self, penalty: Penalty, problem: Problem) -> Given:
+        return penalty.given(problem.evidence, problem.labels[0], self.network)
 
     def _wanted(self, evidence: Evidence) -> Given:
         return dict(evidence.gradient if self.work is None else evidence.descent)
@@ -180,24 +188,20 @@ class MatchingObjective:
         return replace(self, labels=self.labels[problems], known=known, unit=self.unit[problems])
 
     def _batched(self, points: Tensor) -> Tensor:
+        every = points.view(len(self.unit), self.restarts, *points.shape[1:])
+        one = self.restarts == 1
+        at, labels = (every[:, 0], self.labels[:, 0]) if one else (every, self.labels)
+        return self._function(at, labels, self.known, self.unit).flatten() + self._coupled(every)
+
+    @cached_property
+    def _function(self) -> Callable[..., Tensor]:
         """One vmap over problems, and one over restarts where there are several."""
 
         def loss(point: Tensor, labels: Tensor, known: Known, unit: Tensor) -> Tensor:
             return self.matching.loss(point, labels, known, unit, self.plan)
 
-        every = points.view(len(self.unit), self.restarts, *points.shape[1:])
-        if self.restarts == 1:
-            function = vmap(loss)
-            losses = self._run(function, every[:, 0], self.labels[:, 0])
-        else:
-            function = vmap(vmap(loss, in_dims=(0, 0, None, None)))
-            losses = self._run(function, every, self.labels).flatten()
-        return losses + self._coupled(every)
-
-    def _run(self, function: Callable[..., Tensor], points: Tensor, labels: Tensor) -> Tensor:
-        if self.matching.compiled:
-            function = torch.compile(function)
-        return function(points, labels, self.known, self.unit)
+        inner = loss if self.restarts == 1 else vmap(loss, in_dims=(0, 0, None, None))
+        return torch.compile(vmap(inner)) if self.matching.compiled else vmap(inner)
 
     def _coupled(self, every: Tensor) -> Tensor:
         coupling = self.matching.coupling
@@ -243,6 +247,15 @@ def contrast(network: Network, shape: tuple[int, int, int]) -> float:
     label = torch.zeros(1, dtype=torch.long, device=some.device)
     two = [one_gradient(network, image[None].to(some), label)[0] for image in images]
     return float(cosine(*({n: part.detach() for n, part in found.items()} for found in two)))
+
+
+_NOT_COMPILED = (
+    "compile = true, but the search cannot be compiled for this model: leave it out ({error})"
+)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _row(parts: Given, row: int) -> Given:

@@ -1,6 +1,6 @@
 """What is minimised beside the distance of updates: what is known of images, or of the batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +37,11 @@ class Penalty(Protocol):
     @property
     def relative(self) -> bool: ...
 
-    def given(self, evidence: Evidence, network: Network) -> Given:
-        """What it knows of one target: tensors of the same shapes for all targets of a plan."""
+    def given(self, evidence: Evidence, labels: Tensor, network: Network) -> Given:
+        """What it knows of one target: tensors of the same shapes for all targets of a plan.
+
+        labels: those that the target is searched with, in the order of its first restart.
+        """
         ...
 
     def value(self, trial: Trial, given: Given, network: Network) -> Tensor:
@@ -53,7 +56,7 @@ class TotalVariation:
     weight: float
     relative: bool = False
 
-    def given(self, evidence: Evidence, network: Network) -> Given:
+    def given(self, evidence: Evidence, labels: Tensor, network: Network) -> Given:
         return {}
 
     def value(self, trial: Trial, given: Given, network: Network) -> Tensor:
@@ -67,7 +70,7 @@ class PixelNorm:
     weight: float
     relative: bool = False
 
-    def given(self, evidence: Evidence, network: Network) -> Given:
+    def given(self, evidence: Evidence, labels: Tensor, network: Network) -> Given:
         return {}
 
     def value(self, trial: Trial, given: Given, network: Network) -> Tensor:
@@ -91,7 +94,7 @@ class BatchStatisticsPenalty:
     simulated: bool = True
     relative: bool = True
 
-    def given(self, evidence: Evidence, network: Network) -> Given:
+    def given(self, evidence: Evidence, labels: Tensor, network: Network) -> Given:
         """The part of the observed running statistics that the update's own batches explain."""
         wanted: Given = {}
         for prefix, layer in network.statistics.items():
@@ -118,17 +121,16 @@ class FeaturePenalty:
     solves for it. It ties each class's records by themselves, where a gradient is of all at once.
     Features whose column was not seen in full (Soteria) are left out for one record; for several
     the system is then open, and the penalty zero.
-    labels: those that a target is searched with. layer: the last linear layer, which has a bias.
+    layer: the last linear layer, which has a bias.
     """
 
     weight: float
     layer: str
-    labels: Callable[[Evidence], Tensor]
     relative: bool = False
 
-    def given(self, evidence: Evidence, network: Network) -> Given:
+    def given(self, evidence: Evidence, labels: Tensor, network: Network) -> Given:
         bias = evidence.base[f"{self.layer}.bias"]
-        counts = self.labels(evidence).bincount(minlength=len(bias)).float()
+        counts = labels.bincount(minlength=len(bias)).float()
         wanted = features_by_class(evidence.gradient, evidence.base, self.layer, counts)
         believed = (counts > 0)[:, None] & self._seen(evidence, wanted)
         some = network.parameters[f"{self.layer}.bias"]

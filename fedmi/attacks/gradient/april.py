@@ -65,6 +65,7 @@ class April(Attack):
     untrained one; noise). "several_records": both sides are sums over records and the solution a
     mixture, exact only if one record has all the gradient; it is returned for each record.
     "several_steps": `attention` took the weights to stand still during local training.
+    "zero_gradients_in_read_layer": the positions have no gradient; answered blind.
     "not_adaptive": entries were pruned and count as zero.
 
     Threat model: honest-but-curious, sees one update and the model it started from. Raises
@@ -126,7 +127,8 @@ class April(Attack):
             return blind(case, evidence)
         gradient = _own(evidence.gradient, prefix)
         if not gradient["tokens.position"][1:].any():
-            return blind(case, replace(evidence, flags=evidence.flags | {"zero_gradients"}))
+            silent = evidence.flags | {"zero_gradients_in_read_layer"}
+            return blind(case, replace(evidence, flags=silent))
         if self.system == "attention":
             system = _of_attention(gradient, _own(evidence.base, prefix))
             steps = sum(len(steps) for steps in evidence.plan.parties)

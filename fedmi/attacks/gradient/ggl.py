@@ -45,9 +45,12 @@ class GGL(GenerativeMatching):
     prior: Training = Field(
         default=Training(latent=64), description="the generator and its training"
     )
-    steps: int = Field(default=100, ge=2, le=1_000_000, description="generations")
+    latent_weight: float = Field(
+        default=0.05, ge=0, description="of the mean of z^2 / 2, in units of the distance"
+    )
+    steps: int = Field(default=200, ge=2, le=1_000_000, description="generations")
     population: int = Field(default=50, ge=4, le=4096, description="candidates a generation")
-    sigma: float = Field(default=0.5, gt=0, le=10, description="first step size, in z")
+    sigma: float = Field(default=0.3, gt=0, le=10, description="first step size, in z")
     covariance: Literal["auto", "full", "diagonal"] = Field(
         default="auto", description="what CMA-ES adapts; auto: full up to 32 coordinates"
     )

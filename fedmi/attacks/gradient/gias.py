@@ -29,10 +29,11 @@ class GIAS(GenerativeMatching):
     schedule, z being held. G is trained on the public images alone, see `prior`. Labels, batch
     order and local steps as in `inverting_gradients`.
 
-    `stages = "latent"` stops after the first, whose images cannot leave what G can make: blurred
-    but never noise, and so what is left to do where updates are noisy. The second leaves that
-    range; it sharpens where the update says enough. The paper's G is a GAN trained on as many
-    images as the task has, which is searched for thousands of steps; ours fits a few hundred.
+    `stages = "latent"` stops after the first, whose images cannot leave what G makes: blurred, but
+    what is left where updates are noisy or the network is trained, and pixel search gives noise.
+    The second leaves that range; it sharpens where the update says enough, and there a search of
+    pixels with total variation is about as good. The paper's G is a GAN that is searched for
+    thousands of steps; ours fits a few hundred images in seconds.
 
     Threat model: honest-but-curious, sees one update and the model it started from, and has images
     of the same kind as the private ones. Raises AttackError as `GenerativeMatching` does, if an
@@ -43,9 +44,10 @@ class GIAS(GenerativeMatching):
     stages: Literal["latent", "both"] = Field(
         default="both", description="search of z alone, or of z and then of the weights"
     )
-    steps: int = Field(default=300, ge=1, le=1_000_000, description="evaluations, searching z")
+    steps: int = Field(default=200, ge=1, le=1_000_000, description="evaluations, searching z")
+    restarts: int = Field(default=4, ge=1, le=1024, description="random starts of z a target")
     weight_steps: int = Field(
-        default=300, ge=1, le=1_000_000, description="evaluations, searching the weights"
+        default=200, ge=1, le=1_000_000, description="evaluations, searching the weights"
     )
     learning_rate: float = Field(default=0.15, gt=0, le=10, description="Adam's step in z")
     weight_rate: float = Field(default=1e-3, gt=0, le=10, description="Adam's step in the weights")

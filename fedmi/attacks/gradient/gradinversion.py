@@ -10,7 +10,7 @@ from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.distances import Distance
 from fedmi.attacks.engine.evidence import UPDATES, Evidence
 from fedmi.attacks.engine.gradient_matching import GradientMatching
-from fedmi.attacks.engine.inversion import statistics_penalty
+from fedmi.attacks.engine.inversion import statistics_penalty, statistics_told
 from fedmi.attacks.engine.labels import LabelMethod, recover
 from fedmi.attacks.engine.matching import Coupling, Problem
 from fedmi.attacks.engine.penalties import GroupConsistency, Penalty, PixelNorm, TotalVariation
@@ -33,7 +33,8 @@ class GradInversion(GradientMatching):
 
     Labels that are not granted are read by `label_recovery`, the paper's own by default; it
     takes a batch to hold each label once, and the flag `labels_not_distinct` says where it shows
-    that it does not. An update is simulated or read as one gradient as in `inverting_gradients`.
+    that it does not; `bn_statistics_absent`, that granted statistics have nothing to match. An
+    update is simulated or read as one gradient as in `inverting_gradients`.
     `unit` is the distance of a grey image, so that the weights serve networks of any scale.
     Threat model: honest-but-curious, sees one update and the model it started from; the statistics
     of the batch are declared knowledge. Samples [n, C, H, W] in [0, 1]. Raises AttackError if an
@@ -116,4 +117,4 @@ class GradInversion(GradientMatching):
             sure = recover(case, evidence, self.label_recovery)[1]
             told = frozenset[str]() if bool((sure > 0).all()) else {"labels_not_distinct"}
             evidence = replace(evidence, flags=evidence.flags | told)
-        return super().problem(case, evidence)
+        return super().problem(case, statistics_told(self, case, evidence, self.bn_weight))

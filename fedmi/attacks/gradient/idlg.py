@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fedmi.attacks.base import Case
-from fedmi.attacks.engine.evidence import UPDATES, AttackError, Evidence
-from fedmi.attacks.engine.labels import METHODS
+from fedmi.attacks.engine.evidence import UPDATES, Evidence
+from fedmi.attacks.engine.labels import METHODS, RecordsDoNotFit, guessed, silent
 from fedmi.attacks.engine.leakage import DeepLeakage
 
 
@@ -19,8 +19,9 @@ class IDLG(DeepLeakage):
 
     Threat model: honest-but-curious, sees the update of a single record and the model it started
     from. Labels that are granted are used instead. Flag `not_converged`: no restart's loss fell
-    below `solved`. Raises AttackError for an update of several records (use `dlg` or
-    `inverting_gradients`), or a model whose last layer is not linear (use `dlg`).
+    below `solved`. An update of several records (use `dlg` or `inverting_gradients`) is answered
+    blindly (flag `records_do_not_fit`). Raises AttackError where there is no other, or for a model
+    whose last layer is not linear (use `dlg`).
     """
 
     kind: Literal["idlg"] = "idlg"
@@ -30,10 +31,12 @@ class IDLG(DeepLeakage):
 
     def labels_of(self, case: Case, evidence: Evidence) -> Tensor:
         if evidence.records != 1:
-            raise AttackError(
+            raise RecordsDoNotFit(
                 f"target '{evidence.target.id}': iDLG recovers a single record, this update holds "
                 f"{evidence.records}; use the attack 'dlg' or 'inverting_gradients'"
             )
         if evidence.target.id in case.knowledge.labels:
             return super().labels_of(case, evidence)
+        if silent(case, evidence):
+            return guessed(case, evidence)
         return METHODS["idlg"](case, evidence)[0]

@@ -16,8 +16,9 @@ class IDLGLabels(LabelAttack):
     Exact for one step on one record, whatever the weights. An update of several steps is read as
     one gradient (update / (learning rate x steps)); the sign survives as long as the record is
     not yet learnt past certainty. Threat model: honest-but-curious, sees one update.
-    Raises AttackError for an update of more than one record (use `bias_labels` or `irlg`) or a
-    model whose last layer is not linear.
+    An update of more than one record (use `bias_labels` or `irlg`) is answered with a guess (flag
+    `records_do_not_fit`). Raises AttackError where there is no other, or for a model whose last
+    layer is not linear.
     """
 
     kind: Literal["idlg_labels"] = "idlg_labels"

@@ -99,7 +99,9 @@ class LinearInversion(Attack):
         layer = _seen(evidence, name)
         bias = layer.bias
         if not bias.any():
-            return blind(case, replace(evidence, flags=evidence.flags | {"zero_gradients"}))
+            return blind(
+                case, replace(evidence, flags=evidence.flags | {"zero_gradients_in_read_layer"})
+            )
         mixture = layer.common(torch.ones_like(bias).bool())[None]
         if evidence.records == 1:
             found, score = mixture, bias.abs().max()[None]

@@ -10,7 +10,8 @@ from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.evidence import UPDATES, Evidence
 from fedmi.attacks.engine.features import last_with_bias
 from fedmi.attacks.engine.gradient_matching import GradientMatching
-from fedmi.attacks.engine.inversion import statistics_penalty
+from fedmi.attacks.engine.inversion import statistics_penalty, statistics_told
+from fedmi.attacks.engine.matching import Problem
 from fedmi.attacks.engine.penalties import FeaturePenalty, Penalty, TotalVariation
 from fedmi.attacks.engine.protected import names
 from fedmi.exposure.words import Fact
@@ -33,7 +34,7 @@ class Modern(GradientMatching):
     start from a tile repeated over the image (`init = "patterned"`) gained 0.1 dB or cost one.
     Threat model: honest-but-curious, sees one update and the model it started from. Samples
     [n, C, H, W] in [0, 1]. Raises AttackError if an observation is missing, or granted labels do
-    not fit it.
+    not fit it. Flag `bn_statistics_absent`: they are granted, and the update has none to match.
     """
 
     kind: Literal["modern"] = "modern"
@@ -82,10 +83,11 @@ class Modern(GradientMatching):
         if self.tv_weight:
             found.append(TotalVariation(self.tv_weight))
         if self.feature_weight and (layer := self._read_layer(case)):
-            found.append(
-                FeaturePenalty(self.feature_weight, layer, lambda item: self.labels_of(case, item))
-            )
+            found.append(FeaturePenalty(self.feature_weight, layer))
         return (*found, *statistics_penalty(self, case, evidence, self.bn_weight))
+
+    def problem(self, case: Case, evidence: Evidence) -> Problem:
+        return super().problem(case, statistics_told(self, case, evidence, self.bn_weight))
 
     def _read_layer(self, case: Case) -> str:
         """The layer whose inputs the update gives away, "" if it does not."""

@@ -49,8 +49,9 @@ class Spear(Attack):
     neurons: nothing is drawn), "samples_exhausted" (not all records reach `agreement`; the others
     are guesses, or the mixture of all with confidence -1), "not_unique" (all reach it, but too few
     zeros tell one record from the others: another answer fits as well), "partial_gradient"
-    (neurons that were not seen whole are left out). Raises AttackError unless the model starts
-    with Flatten, Linear with bias, ReLU.
+    (neurons that were not seen whole are left out), "zero_gradients_in_read_layer" (that layer has
+    no gradient: answered blind). Raises AttackError unless the model starts with Flatten, Linear
+    with bias, ReLU.
     """
 
     kind: Literal["spear"] = "spear"
@@ -99,7 +100,8 @@ class Spear(Attack):
         seen = _seen(evidence, name)
         slopes = [evidence.gradient[name + part][seen].double() for part in ("weight", "bias")]
         if not slopes[1].any():
-            return blind(case, replace(evidence, flags=evidence.flags | {"zero_gradients"}))
+            silent = evidence.flags | {"zero_gradients_in_read_layer"}
+            return blind(case, replace(evidence, flags=silent))
         weight, bias = (evidence.base[name + part][seen].double() for part in ("weight", "bias"))
         mixed = mixture(weight, bias, (slopes[0], slopes[1]), evidence.records)
         rng = case.seed.child(evidence.target.id, self.kind).torch()

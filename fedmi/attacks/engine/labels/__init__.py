@@ -9,8 +9,9 @@ from torch import Tensor
 from fedmi.attacks.base import Case
 from fedmi.attacks.engine.evidence import Evidence
 from fedmi.attacks.engine.labels.best import auto
-from fedmi.attacks.engine.labels.checks import checked, granted
+from fedmi.attacks.engine.labels.checks import RecordsDoNotFit, checked, granted, unfit
 from fedmi.attacks.engine.labels.counts import batch_labels, bias
+from fedmi.attacks.engine.labels.doubts import doubts, guessed, silent
 from fedmi.attacks.engine.labels.gradinversion import gradinversion
 from fedmi.attacks.engine.labels.irlg import irlg
 from fedmi.attacks.engine.labels.layer import last_linear, probes
@@ -20,13 +21,18 @@ from fedmi.attacks.engine.labels.single import idlg, single_label
 __all__ = [
     "METHODS",
     "LabelMethod",
+    "RecordsDoNotFit",
     "batch_labels",
     "checked",
+    "doubts",
     "granted",
+    "guessed",
     "last_linear",
     "probes",
     "recover",
+    "silent",
     "single_label",
+    "unfit",
 ]
 
 LabelMethod = Literal[

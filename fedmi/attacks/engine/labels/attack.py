@@ -1,13 +1,15 @@
 """What every attack on the labels of a batch does."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from fedmi.attacks.base import Attack, Case, Reconstruction
 from fedmi.attacks.engine.evidence import MUTE, UPDATES, AttackError, Evidence, blind, read
-from fedmi.attacks.engine.labels.checks import checked
+from fedmi.attacks.engine.labels.checks import RecordsDoNotFit, checked, unfit
+from fedmi.attacks.engine.labels.doubts import SILENT, doubts
 from fedmi.attacks.engine.labels.layer import fresh, last_linear, stand
 from fedmi.attacks.engine.labels.steps import several_steps
 from fedmi.exposure.words import Fact
@@ -16,7 +18,11 @@ STEPS, SIGNED = "steps_read_as_one", "negative_features"
 
 
 class LabelAttack(Attack):
-    """Answers each target with labels; an update that says nothing with a flagged guess."""
+    """Answers each target with labels; an update that says nothing with a flagged guess.
+
+    So it does one whose number of records the rule cannot take (flag `records_do_not_fit`); where
+    there is no other, `RecordsDoNotFit` is raised.
+    """
 
     channels: ClassVar = UPDATES
     needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
@@ -38,18 +44,27 @@ class LabelAttack(Attack):
         return ""
 
     def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
-        answers: list[Reconstruction] = []
+        answers, misfits = list[Reconstruction](), list[RecordsDoNotFit]()
         for done, evidence in enumerate(read(case, self.channel), start=1):
-            answers.append(self._answer(case, evidence))
+            try:
+                answers.append(self._answer(case, evidence))
+            except RecordsDoNotFit as error:
+                misfits.append(error)
+                answers.append(unfit(case, evidence, samples=False))
             case.progress(done / len(case.targets))
+        if misfits and len(misfits) == len(answers):
+            raise misfits[0]
         return tuple(answers)
 
     def _answer(self, case: Case, evidence: Evidence) -> Reconstruction:
         if evidence.flags & MUTE:
             return blind(case, evidence, samples=False)
+        flags = evidence.flags | doubts(case, evidence)
+        if SILENT in flags:
+            return blind(case, replace(evidence, flags=flags), samples=False)
         labels, confidence = self.recovered(case, evidence)
         checked(case, evidence, labels, "recovered")
-        flags = evidence.flags | self.noted(case, evidence, confidence)
+        flags |= self.noted(case, evidence, confidence)
         if several_steps(evidence):
             flags |= {STEPS}
         return Reconstruction(evidence.target, None, labels, confidence, flags)

@@ -1,16 +1,30 @@
 """Labels that can be: the right number of them, each a class of the model."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from fedmi.attacks.base import Case
-from fedmi.attacks.engine.evidence import AttackError, Evidence
+from fedmi.attacks.base import Case, Reconstruction
+from fedmi.attacks.engine.evidence import AttackError, Evidence, blind
+
+
+class RecordsDoNotFit(AttackError):  # noqa: N818
+    """The attack, or the labels granted to it, takes another number of records than a target's."""
+
+
+def unfit(case: Case, evidence: Evidence, *, samples: bool = True) -> Reconstruction:
+    """The blind answer to a target that `RecordsDoNotFit`, flagged."""
+    several = "" if evidence.records == 1 else "s"
+    flag = f"records_do_not_fit: {evidence.records} record{several}"
+    return blind(case, replace(evidence, flags=evidence.flags | {flag}), samples=samples)
 
 
 def checked(case: Case, evidence: Evidence, labels: Tensor, source: str = "granted") -> Tensor:
-    """The labels [records] as they are; AttackError, naming target and label, if they cannot be."""
+    """The labels [records] as they are; AttackError, naming target and label, if they cannot be,
+    and `RecordsDoNotFit` if there are more or fewer of them than records."""
     name, classes = evidence.target.id, case.knowledge.classes
     if labels.dim() != 1 or len(labels) != evidence.records:
-        raise AttackError(
+        raise RecordsDoNotFit(
             f"target '{name}': {labels.numel()} labels {source}, but the update holds "
             f"{evidence.records} records"
         )

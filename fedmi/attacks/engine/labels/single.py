@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmi.attacks.base import Case
-from fedmi.attacks.engine.evidence import AttackError, Evidence
+from fedmi.attacks.engine.evidence import Evidence
+from fedmi.attacks.engine.labels.checks import RecordsDoNotFit
 from fedmi.attacks.engine.labels.layer import Head, Stand, fresh, head
 
 
@@ -26,9 +27,9 @@ def single_label(gradient: Mapping[str, Tensor], module: nn.Module) -> tuple[Ten
 
 
 def idlg(case: Case, evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """(label [1], margin [1]); AttackError for an update of several records."""
+    """(label [1], margin [1]); `RecordsDoNotFit` for an update of several records."""
     if evidence.records != 1:
-        raise AttackError(
+        raise RecordsDoNotFit(
             f"target '{evidence.target.id}': iDLG recovers the label of one record, this "
             f"update holds {evidence.records}; use the attack 'bias_labels' or 'irlg'"
         )
