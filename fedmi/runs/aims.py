@@ -155,11 +155,22 @@ def _drawn(clients: Sequence[int], count: int, seed: Seed) -> tuple[int, ...]:
 
 
 def chosen(targets: tuple[Target, ...], most: int, seed: Seed) -> tuple[Target, ...]:
-    """All targets, or a random choice of `most` of them in their old order."""
+    """All targets, or a random choice of `most` of them in their old order: as many of each round,
+    as far as that goes."""
     if not most or most >= len(targets):
         return targets
-    picked = seed.child("targets").numpy().choice(len(targets), size=most, replace=False)
-    return tuple(targets[i] for i in sorted(picked))
+    rng = seed.child("targets").numpy()
+    if len({target.round for target in targets}) == 1:
+        picked = rng.choice(len(targets), size=most, replace=False)
+        return tuple(targets[i] for i in sorted(picked))
+    drawn = rng.permutation(len(targets)).tolist()
+    ranks: dict[int, int] = {}
+    taken: dict[int | None, int] = {}
+    for index in drawn:
+        round = targets[index].round
+        ranks[index] = taken[round] = taken.get(round, 0) + 1
+    fairly = sorted(drawn, key=ranks.__getitem__)[:most]
+    return tuple(targets[i] for i in sorted(fairly))
 
 
 def knowledge_of(
