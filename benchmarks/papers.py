@@ -104,10 +104,10 @@ def settings() -> Iterator[Setting]:
         yield Setting(
             f"Inverting Gradients, ResNet20-4 {state}",
             resnet,
-            InvertingGradients(**WHERE, steps=400, tv_weight=0.3),
-            4,
+            InvertingGradients(**WHERE, steps=200, tv_weight=0.3),
+            3,
             paper,
-            "24,000 steps in the paper, 400 here, four images; " + scale,
+            "24,000 steps in the paper, 200 here; " + scale,
             weights=weights,
         )
     yield Setting(
