@@ -58,7 +58,9 @@ class Attack(Component):
     rounds: tuple[int, ...] = Field(
         default=(1,), min_length=1, description="rounds attacked, on channels with one item a round"
     )
-    max_targets: int = Field(default=0, ge=0, description="at most so many targets, spread over the rounds; 0 = all")
+    max_targets: int = Field(
+        default=0, ge=0, description="at most so many targets, spread over the rounds; 0 = all"
+    )
     colluders: int = Field(
         default=0,
         ge=0,
