@@ -65,7 +65,7 @@ class Setting:
 
 
 SETTINGS = {
-    "lenet": Setting(LeNet(), 0.05, 1e-7, 60, 500, 16),
+    "lenet": Setting(LeNet(), 0.05, 1e-8, 60, 500, 16),
     "convnet": Setting(ConvNet(width=32), 0.1, 1e-2, 15, 200, 8),
 }
 
