@@ -133,5 +133,5 @@ def test_counts_alone_give_the_same_answers() -> None:
 
 def test_too_few_rounds_are_flagged_and_answered() -> None:
     found = attack(1).reconstruct(history(sets(SIZES, seed=0), ((0, 1, 2, 3),)))
-    assert [answer.flags for answer in found] == [{"underdetermined"}] * 4
+    assert all("underdetermined" in answer.flags for answer in found)
     assert all(answer.samples is not None for answer in found)

@@ -284,14 +284,29 @@ class GradientMatching(Attack):
         """Labels, starts and the plan for one target."""
         if self.adaptive:
             evidence = adaptive.adapted(case, evidence)
-        labels = self.labels_of(case, evidence)
+        guesses = self._guesses(case, evidence)
         evidence = self.planned(case, self._doubted(case, evidence))
         tries = self._tries(case, evidence)
         starts = [self.start(case, evidence, number) for number in range(tries)]
-        dealt = [self.dealt(case, evidence, labels, number) for number in range(tries)]
+        turns = [
+            (guesses[number % len(guesses)], number // len(guesses)) for number in range(tries)
+        ]
+        dealt = [self.dealt(case, evidence, labels, turn) for labels, turn in turns]
         return Problem(
             evidence, torch.stack(dealt), torch.stack(starts), case.seed.child(evidence.target.id)
         )
+
+    def _guesses(self, case: Case, evidence: Evidence) -> list[Tensor]:
+        """The labels, and where several are tried by their loss, those by counts as well: after
+        large local steps either rule may be right."""
+        first = self.labels_of(case, evidence)
+        recovered = (
+            self.label_recovery == "auto" and evidence.target.id not in case.knowledge.labels
+        )
+        if not recovered or evidence.records == 1 or self._tries(case, evidence) == self.restarts:
+            return [first]
+        second = recover(case, evidence, "bias")[0]
+        return [first] if second.sort().values.equal(first.sort().values) else [first, second]
 
     def _doubted(self, case: Case, evidence: Evidence) -> Evidence:
         """With flags for what is odd about the labels, where they are not granted."""
