@@ -39,13 +39,15 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 
 def to_array(array: Array) -> NDArray[Any]:
     """What `array.numpy()` gives, without NumPy's parsing of the header, which for small models
-    takes longer than all else in a round."""
-    kind, size = np.dtype(array.dtype), math.prod(array.shape)
-    start = len(array.data) - size * kind.itemsize
-    if array.stype != "numpy.ndarray" or start % ALIGNED or C_ORDER not in array.data[:start]:
-        found: NDArray[Any] = array.numpy()
-        return found
-    return np.frombuffer(array.data, kind, size, start).reshape(array.shape).copy()
+    takes longer than all else in a round. Arrays that do not say their type, as those of Flower's
+    older records, are parsed."""
+    if array.stype == "numpy.ndarray" and array.dtype:
+        kind, size = np.dtype(array.dtype), math.prod(array.shape)
+        start = len(array.data) - size * kind.itemsize
+        if start % ALIGNED == 0 and C_ORDER in array.data[:start]:
+            return np.frombuffer(array.data, kind, size, start).reshape(array.shape).copy()
+    found: NDArray[Any] = array.numpy()
+    return found
 
 
 def like(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
