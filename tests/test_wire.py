@@ -38,5 +38,5 @@ def test_an_array_cut_short_is_refused() -> None:
 def test_an_array_that_does_not_say_its_type_is_parsed() -> None:
     """As Flower's own servers of the older kind send them."""
     known = Array(np.arange(6, dtype=np.float32).reshape(2, 3))
-    untyped = Array(dtype="", shape=[], stype=known.stype, data=known.data)
+    untyped = Array(dtype="", shape=(), stype=known.stype, data=known.data)
     assert to_array(untyped).tolist() == [[0, 1, 2], [3, 4, 5]]

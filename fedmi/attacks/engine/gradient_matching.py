@@ -13,13 +13,13 @@ from fedmi.attacks.base import Attack, Case, Reconstruction
 from fedmi.attacks.engine import adaptive
 from fedmi.attacks.engine.assumed import Assumed
 from fedmi.attacks.engine.batching import bytes_per_problem, chunks
+from fedmi.attacks.engine.dealing import dealt, doubted, ordered
 from fedmi.attacks.engine.descent import Objective, Schedule, minimise
 from fedmi.attacks.engine.distances import Distance
 from fedmi.attacks.engine.evidence import MUTE, AttackError, Evidence, blind, read
 from fedmi.attacks.engine.labels import (
     LabelMethod,
     RecordsDoNotFit,
-    doubts,
     granted,
     guessed,
     recover,
@@ -30,8 +30,9 @@ from fedmi.attacks.engine.matching import Coupling, Matching, Problem
 from fedmi.attacks.engine.network import load
 from fedmi.attacks.engine.parts import Progress, at_home, diverged, few, risen, unknowable, within
 from fedmi.attacks.engine.penalties import Penalty
-from fedmi.attacks.engine.plan import Plan, deal, one_step
+from fedmi.attacks.engine.plan import Plan, one_step
 from fedmi.attacks.engine.protected import names
+from fedmi.attacks.engine.starts import Init, image_start
 from fedmi.attacks.engine.unknowns import Pixels, Unknown
 from fedmi.exposure.recipe import LocalWork
 from fedmi.exposure.words import Fact
@@ -40,7 +41,6 @@ __all__ = ["GradientMatching", "Progress"]
 
 SCOUTING = 5
 """A search among label orders takes a fifth of the steps."""
-UNLABELLED = "batch_order_without_labels"
 
 Alike = tuple[tuple[int, Plan], ...]
 """Round and plan of all that a problem is matched to; problems that share them are one batch."""
@@ -57,7 +57,7 @@ class GradientMatching(Attack):
 
     steps: int = Field(default=600, ge=1, le=1_000_000, description="evaluations of the loss")
     restarts: int = Field(default=1, ge=1, le=1024, description="random starts a target")
-    init: Literal["normal", "uniform", "grey", "patterned"] = Field(
+    init: Init = Field(
         default="normal",
         description="start: N(0.5, 0.25) clamped, U(0, 1), 0.5 everywhere, or a random 4x4 tile "
         "repeated",
@@ -205,8 +205,8 @@ class GradientMatching(Attack):
         done, total = 0, sum(map(len, groups.values()))
         for problems in groups.values():
             matching = self.matching(case, problems[0].evidence)
-            for part in chunks(problems, self._fitting(matching, problems[0])):
-                report = _report(case, done / total, len(part) / total)
+            for part in chunks(problems, self.fitting(matching, problems[0])):
+                report = within(case.progress, done / total, len(part) / total)
                 answers |= {a.target.id: a for a in self._solve(case, matching, part, report)}
                 done += len(part)
         case.progress(1.0)
@@ -257,16 +257,7 @@ class GradientMatching(Attack):
     def image_start(self, case: Case, evidence: Evidence, number: int, records: int) -> Tensor:
         """Images [records, C, H, W] as `init` says, drawn for this target and restart."""
         rng = case.seed.child(evidence.target.id, number).torch()
-        shape = (records, *case.knowledge.input_shape)
-        if self.init == "normal":
-            return (0.5 + 0.25 * torch.randn(shape, generator=rng)).clamp(0, 1)
-        if self.init == "uniform":
-            return torch.rand(shape, generator=rng)
-        if self.init == "patterned":
-            tile = torch.rand(*shape[:2], 4, 4, generator=rng)
-            down, right = -(-shape[2] // 4), -(-shape[3] // 4)
-            return tile.repeat(1, 1, down, right)[..., : shape[2], : shape[3]].contiguous()
-        return torch.full(shape, 0.5)
+        return image_start(self.init, (records, *case.knowledge.input_shape), rng)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -285,8 +276,8 @@ class GradientMatching(Attack):
         if self.adaptive:
             evidence = adaptive.adapted(case, evidence)
         guesses = self._guesses(case, evidence)
-        evidence = self.planned(case, self._doubted(case, evidence))
-        tries = self._tries(case, evidence)
+        evidence = self.planned(case, doubted(case, evidence))
+        tries = self.tries(case, evidence)
         starts = [self.start(case, evidence, number) for number in range(tries)]
         turns = [
             (guesses[number % len(guesses)], number // len(guesses)) for number in range(tries)
@@ -303,44 +294,25 @@ class GradientMatching(Attack):
         recovered = (
             self.label_recovery == "auto" and evidence.target.id not in case.knowledge.labels
         )
-        if not recovered or evidence.records == 1 or self._tries(case, evidence) == self.restarts:
+        if not recovered or evidence.records == 1 or self.tries(case, evidence) == self.restarts:
             return [first]
         second = recover(case, evidence, "bias")[0]
         return [first] if second.sort().values.equal(first.sort().values) else [first, second]
 
-    def _doubted(self, case: Case, evidence: Evidence) -> Evidence:
-        """With flags for what is odd about the labels, where they are not granted."""
-        if evidence.target.id in case.knowledge.labels:
-            return evidence
-        flags = evidence.flags | doubts(case, evidence)
-        if Fact.BATCH_ORDER in case.knowledge.facts and evidence.plan.order_matters:
-            flags |= {UNLABELLED}
-        return replace(evidence, flags=flags)
-
-    def _ordered(self, case: Case, evidence: Evidence) -> bool:
-        """Whether the labels came in the granted batch order; recovered ones come in none."""
-        ordered = Fact.BATCH_ORDER in case.knowledge.facts
-        return ordered and evidence.target.id in case.knowledge.labels
-
-    def _tries(self, case: Case, evidence: Evidence) -> int:
+    def tries(self, case: Case, evidence: Evidence) -> int:
         """Starts a target: more than the restarts where the labels' order has to be found."""
-        known = self._ordered(case, evidence) or not evidence.plan.order_matters
+        known = ordered(case, evidence) or not evidence.plan.order_matters
         return self.restarts if known else max(self.restarts, self.label_orders)
 
     def dealt(self, case: Case, evidence: Evidence, labels: Tensor, number: int) -> Tensor:
-        """The labels in the granted order, or dealt over the steps: evenly, then at random."""
-        if self._ordered(case, evidence):
-            return labels
-        if not number or not evidence.plan.order_matters:
-            return deal(labels, evidence.plan)
-        rng = case.seed.child(evidence.target.id, "order", number).torch()
-        return labels.sort().values[torch.randperm(len(labels), generator=rng)]
+        """The labels over the local steps, as the restart of this number takes them."""
+        return dealt(case, evidence, labels, number)
 
     def _noise(self, problem: Problem) -> list[torch.Generator]:
         seeds = (problem.seed.child("noise", n) for n in range(len(problem.starts)))
         return [seed.torch() for seed in seeds] if self.schedule().noise else []
 
-    def _fitting(self, matching: Matching, problem: Problem) -> int:
+    def fitting(self, matching: Matching, problem: Problem) -> int:
         """How many targets, with all their restarts, fit the memory budget; at least one."""
         plan = problem.evidence.plan
         steps = sum(len(steps) for steps in plan.parties)
@@ -393,7 +365,7 @@ class GradientMatching(Attack):
         """
         size = tries = len(problems[0].starts)
         if matching.coupling is None and len(problems) == 1:
-            size = min(tries, self._fitting(matching, few(problems[0], 0, 1)))
+            size = min(tries, self.fitting(matching, few(problems[0], 0, 1)))
         found: list[tuple[Tensor, Tensor]] = []
         for at in range(0, tries, size):
             some = [few(problem, at, size) for problem in problems]
@@ -405,7 +377,3 @@ class GradientMatching(Attack):
 
 def _alike(problem: Problem) -> Alike:
     return tuple((item.round, item.plan) for item in (problem.evidence, *problem.also))
-
-
-def _report(case: Case, start: float, size: float) -> Progress:
-    return within(case.progress, start, size)

@@ -119,10 +119,10 @@ class DeepLeakage(GradientMatching):
         several = {SEVERAL} if problem.evidence.records > 1 else set()
         return replace(found, flags=found.flags | unsolved | several)
 
-    def _fitting(self, matching: Matching, problem: Problem) -> int:
+    def fitting(self, matching: Matching, problem: Problem) -> int:
         """Counts what L-BFGS remembers as well."""
         budget, wide = self.memory_mb * 2**20, torch.finfo(self.dtype).bits // 8
-        plain = budget / super()._fitting(matching, problem)
+        plain = budget / super().fitting(matching, problem)
         history = min(self.history, self.steps) * (self.optimizer == "lbfgs")
         pairs = 2 * wide * history * (problem.starts.numel() + history * len(problem.starts))
         return max(1, int(budget / (plain + pairs)))

@@ -59,8 +59,8 @@ class DLG(DeepLeakage):
         logits = torch.randn(len(images) * case.knowledge.classes, generator=rng)
         return torch.cat([images.flatten(), logits])
 
-    def _tries(self, case: Case, evidence: Evidence) -> int:
-        return super()._tries(case, evidence) if _granted(case, evidence) else self.restarts
+    def tries(self, case: Case, evidence: Evidence) -> int:
+        return super().tries(case, evidence) if _granted(case, evidence) else self.restarts
 
 
 def _granted(case: Case, evidence: Evidence) -> bool:

@@ -119,5 +119,5 @@ class GGL(GenerativeMatching):
         diagonal = self.covariance == "diagonal" or (self.covariance == "auto" and not small)
         return Evolution(means, self.sigma, self.population, draws, diagonal)
 
-    def _fitting(self, matching: Matching, problem: Problem) -> int:
-        return max(1, super()._fitting(matching, problem) // self.population)
+    def fitting(self, matching: Matching, problem: Problem) -> int:
+        return max(1, super().fitting(matching, problem) // self.population)

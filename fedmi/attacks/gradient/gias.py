@@ -93,9 +93,9 @@ class GIAS(GenerativeMatching):
         )
         return points, losses
 
-    def _fitting(self, matching: Matching, problem: Problem) -> int:
+    def fitting(self, matching: Matching, problem: Problem) -> int:
         assert isinstance(matching.unknown, Generated)
         own = sum(weight.numel() for weight in matching.unknown.generator.parameters())
         need = 4 * COPIES * own * problem.evidence.plan.records * len(problem.starts)
         room = self.memory_mb * 2**20
-        return max(1, int(room / (room / super()._fitting(matching, problem) + need)))
+        return max(1, int(room / (room / super().fitting(matching, problem) + need)))
