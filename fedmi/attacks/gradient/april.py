@@ -1,6 +1,6 @@
 """APRIL: the patches behind one update of a vision transformer, in closed form."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedmi.attacks.base import Attack, Case, Reconstruction
+from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.adaptive import PRUNING, SIGNS, SOTERIA
-from fedmi.attacks.engine.evidence import MUTE, UPDATES, AttackError, Evidence, blind, read
+from fedmi.attacks.engine.closed_form import ClosedForm
+from fedmi.attacks.engine.evidence import AttackError, Evidence, blind
 from fedmi.attacks.engine.protected import NOT_ADAPTIVE, names
-from fedmi.exposure.words import Fact
 from fedmi.models.vit import VisionTransformer
 
 SEVERAL_RECORDS = "several_records"
@@ -40,7 +40,7 @@ class _System:
     flags: frozenset[str] = frozenset()
 
 
-class April(Attack):
+class April(ClosedForm):
     """Every patch of one record, from a linear system whose matrix the positions' gradient gives.
 
     With z_i = W_e p_i + b_e + E_i the tokens, dL/dE_i = dL/dz_i =: g_i is part of the update: the
@@ -84,47 +84,33 @@ class April(Attack):
         "arrangement = 'plain') or of the patch embedding (any arrangement)",
     )
 
-    channels: ClassVar = UPDATES
-    needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
-
-    def unsuited(self, network: nn.Module) -> str:
-        try:
-            self._transformer(network)
-        except AttackError as error:
-            return str(error)
-        return ""
-
-    def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
-        assert case.knowledge.build is not None
-        prefix, network = self._transformer(case.knowledge.build())
-        pruned = any(names(case, kind) for kind in (PRUNING, SOTERIA, SIGNS))
-        answers: list[Reconstruction] = []
-        for done, evidence in enumerate(read(case, self.channel), start=1):
-            blunt = pruned or evidence.support is not None
-            flags = evidence.flags | ({NOT_ADAPTIVE} if blunt else set())
-            answers.append(self._invert(case, replace(evidence, flags=flags), prefix, network))
-            case.progress(done / len(case.targets))
-        return tuple(answers)
-
-    def _transformer(self, module: nn.Module) -> tuple[str, VisionTransformer]:
+    def readable(self, network: nn.Module) -> tuple[str, VisionTransformer]:
         """The transformer and its name prefix; AttackError if this attack cannot read it."""
-        for name, part in module.named_modules():
+        for name, part in network.named_modules():
             if isinstance(part, VisionTransformer):
                 if self.system == "attention" and part.arrangement != "plain":
                     raise AttackError(_NOT_PLAIN.format(arrangement=part.arrangement))
                 return (f"{name}." if name else ""), part
-        layers = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+        layers = [m for m in network.modules() if any(True for _ in m.parameters(recurse=False))]
         first = type(layers[0]).__name__ if layers else "no layer with parameters"
         raise AttackError(
             "april reads the gradient of learnt positions, so it needs a vision transformer "
             f"(model 'vit'); this model starts with {first}: use 'inverting_gradients'"
         )
 
-    def _invert(
-        self, case: Case, evidence: Evidence, prefix: str, network: VisionTransformer
+    def evidence(self, case: Case) -> Sequence[Evidence]:
+        pruned = any(names(case, kind) for kind in (PRUNING, SOTERIA, SIGNS))
+        return [
+            replace(item, flags=item.flags | {NOT_ADAPTIVE})
+            if pruned or item.support is not None
+            else item
+            for item in super().evidence(case)
+        ]
+
+    def invert(
+        self, case: Case, evidence: Evidence, place: tuple[str, VisionTransformer]
     ) -> Reconstruction:
-        if evidence.flags & MUTE:
-            return blind(case, evidence)
+        prefix, network = place
         gradient = _own(evidence.gradient, prefix)
         if not gradient["tokens.position"][1:].any():
             silent = evidence.flags | {"zero_gradients_in_read_layer"}

@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedmi.attacks.base import Attack, Case, Reconstruction
+from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.adaptive import adapted
-from fedmi.attacks.engine.evidence import MUTE, UPDATES, AttackError, Evidence, blind, read
-from fedmi.exposure.words import Fact
+from fedmi.attacks.engine.closed_form import ClosedForm
+from fedmi.attacks.engine.evidence import AttackError, Evidence, blind
 
 EXACT = 1 - 1e-6
 """Correlation from which two neurons show the very same record."""
@@ -37,7 +37,7 @@ class _Seen:
         return bias @ self.weight / strength.clamp_min(1e-300)
 
 
-class LinearInversion(Attack):
+class LinearInversion(ClosedForm):
     """The input of a first linear layer, as the quotient of its weight and its bias gradient.
 
     For y = W x + b, dL/dW_i = (dL/db_i) x: every neuron's quotient dW_i / db_i is the record
@@ -72,31 +72,13 @@ class LinearInversion(Attack):
         default=True, description="leave out entries that a known pruning has set to zero"
     )
 
-    channels: ClassVar = UPDATES
-    needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
+    def readable(self, network: nn.Module) -> str:
+        return first_linear(network)
 
-    def unsuited(self, network: nn.Module) -> str:
-        try:
-            first_linear(network)
-        except AttackError as error:
-            return str(error)
-        return ""
-
-    def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
-        assert case.knowledge.build is not None
-        name = first_linear(case.knowledge.build())
-        answers: list[Reconstruction] = []
-        for done, evidence in enumerate(read(case, self.channel), start=1):
-            answers.append(self._invert(case, evidence, name))
-            case.progress(done / len(case.targets))
-        return tuple(answers)
-
-    def _invert(self, case: Case, evidence: Evidence, name: str) -> Reconstruction:
-        if evidence.flags & MUTE:
-            return blind(case, evidence)
+    def invert(self, case: Case, evidence: Evidence, place: str) -> Reconstruction:
         if self.adaptive:
             evidence = adapted(case, evidence)
-        layer = _seen(evidence, name)
+        layer = _seen(evidence, place)
         bias = layer.bias
         if not bias.any():
             return blind(

@@ -1,5 +1,7 @@
 """R-GAP: one record in closed form, from the last layer back to the first."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -7,13 +9,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedmi.attacks.base import Attack, Case, Reconstruction
-from fedmi.attacks.engine.evidence import MUTE, UPDATES, AttackError, Evidence, blind, read
+from fedmi.attacks.base import Case, Reconstruction
+from fedmi.attacks.engine.closed_form import ClosedForm
+from fedmi.attacks.engine.evidence import AttackError, Evidence, blind
 from fedmi.attacks.engine.recursion import Walk, refusal
-from fedmi.exposure.words import Fact
 
 
-class RGAP(Attack):
+class RGAP(ClosedForm):
     """One record, solved for layer by layer without any optimisation.
 
     dL/dlogits and the features come from the last linear layer (from its bias gradient; without
@@ -50,27 +52,15 @@ class RGAP(Attack):
         default=0.05, gt=0, description="relative gradient error that is flagged"
     )
 
-    channels: ClassVar = UPDATES
-    needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
-
-    def unsuited(self, network: nn.Module) -> str:
-        return refusal(network)
-
-    def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
-        assert case.knowledge.build is not None
-        why = refusal(case.knowledge.build())
-        if why:
+    def readable(self, network: nn.Module) -> None:
+        if why := refusal(network):
             raise AttackError(why)
-        answers: list[Reconstruction] = []
-        for done, evidence in enumerate(read(case, self.channel), start=1):
-            answers.append(self._invert(case, evidence))
-            case.progress(done / len(case.targets))
-        return tuple(answers)
 
-    def _invert(self, case: Case, evidence: Evidence) -> Reconstruction:
-        flags = evidence.flags | _unfit(evidence)
-        if flags & MUTE:
-            return _answer(blind(case, evidence), flags)
+    def evidence(self, case: Case) -> Sequence[Evidence]:
+        return [replace(item, flags=item.flags | _unfit(item)) for item in super().evidence(case)]
+
+    def invert(self, case: Case, evidence: Evidence, place: None) -> Reconstruction:
+        flags = evidence.flags
         assert case.knowledge.build is not None
         network = case.knowledge.build().eval()
         network.load_state_dict(dict(evidence.base))
@@ -78,7 +68,7 @@ class RGAP(Attack):
         here, head = walk.back(network, evidence.gradient, case.knowledge.input_shape)
         flags |= here.flags
         if not bool(torch.isfinite(here.values).all()):
-            return _answer(blind(case, evidence), flags | {"recursion_diverged"})
+            return blind(case, replace(evidence, flags=flags | {"recursion_diverged"}))
         image = here.values.clamp(0, 1)
         mismatch = _mismatch(network, image, head.label, evidence)
         if not mismatch <= self.mismatch_above:
@@ -98,10 +88,6 @@ def _unfit(evidence: Evidence) -> frozenset[str]:
     steps = max(len(steps) for steps in evidence.plan.parties)
     named = {"several_steps": steps > 1, "several_records": evidence.records > 1}
     return frozenset(name for name, holds in named.items() if holds)
-
-
-def _answer(found: Reconstruction, flags: frozenset[str]) -> Reconstruction:
-    return Reconstruction(found.target, found.samples, found.labels, found.confidence, flags)
 
 
 def _mismatch(network: nn.Module, image: Tensor, label: int, evidence: Evidence) -> float:

@@ -7,18 +7,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedmi.attacks.base import Attack, Case, Reconstruction
-from fedmi.attacks.engine.evidence import MUTE, UPDATES, AttackError, Evidence, blind, read
+from fedmi.attacks.base import Case, Reconstruction
+from fedmi.attacks.engine.closed_form import ClosedForm
+from fedmi.attacks.engine.evidence import AttackError, Evidence, blind
 from fedmi.attacks.engine.low_rank import Mixture, mixture
 from fedmi.attacks.engine.unmixing import Search, Unmixed, unmixed
-from fedmi.exposure.words import Fact
 from fedmi.models.chain import layers
 
 FILLED = -1.0
 """Confidence of a record that is only the batch's mixture."""
 
 
-class Spear(Attack):
+class Spear(ClosedForm):
     """All records of a batch, exactly, from a first linear layer with bias and ReLU.
 
     For z = W x + c, dL/dW = D X with D = dL/dZ [m, b], X [b, n], so it has rank b: by its SVD it is
@@ -75,34 +75,16 @@ class Spear(Attack):
     guided: bool = Field(default=True, description="draw neurons that are likely silent")
     peel: bool = Field(default=True, description="take out records that neurons show alone")
 
-    channels: ClassVar = UPDATES
-    needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
+    def readable(self, network: nn.Module) -> str:
+        return rectified(network)
 
-    def unsuited(self, network: nn.Module) -> str:
-        try:
-            rectified(network)
-        except AttackError as error:
-            return str(error)
-        return ""
-
-    def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
-        assert case.knowledge.build is not None
-        name = rectified(case.knowledge.build())
-        answers: list[Reconstruction] = []
-        for done, evidence in enumerate(read(case, self.channel), start=1):
-            answers.append(self._invert(case, evidence, name))
-            case.progress(done / len(case.targets))
-        return tuple(answers)
-
-    def _invert(self, case: Case, evidence: Evidence, name: str) -> Reconstruction:
-        if evidence.flags & MUTE:
-            return blind(case, evidence)
-        seen = _seen(evidence, name)
-        slopes = [evidence.gradient[name + part][seen].double() for part in ("weight", "bias")]
+    def invert(self, case: Case, evidence: Evidence, place: str) -> Reconstruction:
+        seen = _seen(evidence, place)
+        slopes = [evidence.gradient[place + part][seen].double() for part in ("weight", "bias")]
         if not slopes[1].any():
             silent = evidence.flags | {"zero_gradients_in_read_layer"}
             return blind(case, replace(evidence, flags=silent))
-        weight, bias = (evidence.base[name + part][seen].double() for part in ("weight", "bias"))
+        weight, bias = (evidence.base[place + part][seen].double() for part in ("weight", "bias"))
         mixed = mixture(weight, bias, (slopes[0], slopes[1]), evidence.records)
         rng = case.seed.child(evidence.target.id, self.kind).torch()
         found = unmixed(mixed, self._search(_several(evidence)), rng)
