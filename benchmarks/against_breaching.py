@@ -10,16 +10,20 @@ waits while the other works, and who begins alternates. breaching runs in float3
 output; its JIT options are timed beside it. Its total variation also counts the edge of the image,
 as a step to 0, and its mean is over all pixels: ours gets the weight times (side-1)/side, and PSNR
 is reported without the outermost pixels as well. Times are of whole reconstructions after a
-warm-up; CPU time is the steadier one on a machine that does other work. Writes
+warm-up; CPU time is the steadier one on a machine that does other work. Beside it: `workers` such
+cells of fedmi at a time, each in a process of its own with one thread, as `fedmi run` does on as
+many cores, against one process of breaching, which has no such thing. Writes
 results/against_breaching.json.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -65,8 +69,8 @@ class Setting:
 
 
 SETTINGS = {
-    "lenet": Setting(LeNet(), 0.05, 1e-8, 60, 500, 16),
-    "convnet": Setting(ConvNet(width=32), 0.1, 1e-2, 15, 200, 8),
+    "lenet": Setting(LeNet(), 0.05, 1e-8, 200, 500, 16),
+    "convnet": Setting(ConvNet(width=32), 0.1, 1e-2, 60, 200, 8),
 }
 
 
@@ -101,35 +105,44 @@ def pose(spec: ModelSpec, images: Tensor, labels: Tensor) -> tuple[Case, nn.Modu
     return Case(Transcript(SERVER, tuple(seen)), knowledge, targets, Seed.root(2)), model
 
 
+def attack_of(setting: Setting, side: int, steps: int) -> InvertingGradients:
+    """Mean over the side - 1 differences of a row here, over side pixels in breaching."""
+    return InvertingGradients(
+        position=SERVER,
+        channel=Channel.GRADIENT,
+        steps=steps,
+        learning_rate=setting.learning_rate,
+        tv_weight=setting.tv * (side - 1) / side,
+        tv_unit="absolute",
+    )
+
+
+def cell(setting: Setting, images: Tensor, labels: Tensor, steps: int) -> tuple[float, float]:
+    """When, on the clock of all processes, a reconstruction of all images began and ended."""
+    case, _ = pose(setting.spec, images, labels)
+    attack = attack_of(setting, images.shape[-1], steps)
+    start = time.monotonic()
+    attack.reconstruct(case)
+    return start, time.monotonic()
+
+
 class Match:
     """One network's problem, put to both sides."""
 
     def __init__(self, peer: Peer, setting: Setting, images: Tensor, labels: Tensor) -> None:
-        self.peer, self.setting, self.truth = peer, setting, images
+        self.peer, self.setting, self.truth, self.labels = peer, setting, images, labels
         self.case, model = pose(setting.spec, images, labels)
         self.layers = layers(model)
         evidence = read(self.case, Channel.GRADIENT)
-        attack = self.attack(1)
+        attack = attack_of(setting, images.shape[-1], 1)
         starts = torch.stack([attack.start(self.case, item, 0) for item in evidence])
         gradients = [item.descent for item in evidence]
         self.path = peer.give(model, gradients, labels[:, None], starts, images[:1])
 
-    def attack(self, steps: int) -> InvertingGradients:
-        """Mean over the side - 1 differences of a row here, over side pixels in breaching."""
-        side = self.truth.shape[-1]
-        return InvertingGradients(
-            position=SERVER,
-            channel=Channel.GRADIENT,
-            steps=steps,
-            learning_rate=self.setting.learning_rate,
-            tv_weight=self.setting.tv * (side - 1) / side,
-            tv_unit="absolute",
-        )
-
     def ours(self, targets: int, steps: int) -> Run:
         whole = self.case
         case = Case(whole.transcript, whole.knowledge, whole.targets[:targets], whole.seed)
-        attack = self.attack(steps)
+        attack = attack_of(self.setting, self.truth.shape[-1], steps)
         wall, cpu = time.perf_counter(), time.process_time()
         answers = attack.reconstruct(case)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -172,6 +185,29 @@ def throughput(match: Match, targets: int, repeats: int) -> dict[str, object]:
         "breaching_cpu_ms_per_target_step": round(float(np.median(cpu[1])) * each, 4),
         "speedup": spread(wall[1] / wall[0]),
         "speedup_in_cpu_time": spread(cpu[1] / cpu[0]),
+    }
+
+
+def side_by_side(match: Match, workers: int, repeats: int) -> dict[str, object]:
+    """As many cells of all images at a time as there are workers, against one process of breaching:
+    targets a second, and their ratio."""
+    steps, count = match.setting.timed_steps, len(match.truth)
+    given = (match.setting, match.truth, match.labels)
+    ours, theirs = np.zeros(repeats), np.zeros(repeats)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+        for repeat in range(-1, repeats):
+            began = [pool.submit(cell, *given, steps if repeat >= 0 else 3) for _ in range(workers)]
+            starts, ends = zip(*(cell.result() for cell in began), strict=True)
+            if repeat >= 0:
+                ours[repeat] = workers * count / (max(ends) - min(starts))
+                theirs[repeat] = count / match.theirs(count, steps).seconds
+    return {
+        "workers": workers,
+        "targets": workers * count,
+        "fedmi_targets_per_second": round(float(np.median(ours)), 3),
+        "breaching_targets_per_second": round(float(np.median(theirs)), 3),
+        "speedup": spread(ours / theirs),
     }
 
 
@@ -222,7 +258,7 @@ def quality(match: Match) -> dict[str, object]:
     }
 
 
-def measured(match: Match, repeats: int) -> dict[str, object]:
+def measured(match: Match, repeats: int, workers: int) -> dict[str, object]:
     setting = match.setting
     row = {
         "network": setting.spec.model_dump(),
@@ -230,6 +266,7 @@ def measured(match: Match, repeats: int) -> dict[str, object]:
         "learning_rate": setting.learning_rate,
         "breaching_tv_scale": setting.tv,
         "throughput": [throughput(match, count, repeats) for count in (len(match.truth), 1)],
+        "cells_side_by_side": side_by_side(match, workers, repeats),
         "breaching_jit_cpu_ms_per_step": compiled(match, repeats),
         "quality": quality(match),
     }
@@ -252,6 +289,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--array", default="x_test")
     parser.add_argument("--networks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--targets", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2, help="cells at a time; the cores")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a fifth of the steps: a smoke run")
     parser.add_argument("--out", type=Path, default=RESULTS / "against_breaching.json")
@@ -272,7 +310,8 @@ def main() -> None:
     settings = [setting_of(name, asked.quick) for name in asked.networks]
     with tempfile.TemporaryDirectory() as folder, Peer(asked.peer, Path(folder)) as peer:
         theirs = peer.ask({"versions": True})
-        rows = [measured(Match(peer, one, images, labels), asked.repeats) for one in settings]
+        matches = (Match(peer, one, images, labels) for one in settings)
+        rows = [measured(match, asked.repeats, asked.workers) for match in matches]
     result = {
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fedmi.attacks.engine.distances import Distance, cosine, distance_of, softened
+from fedmi.attacks.engine.distances import Distance, aim, cosine, distance_of, softened
 from fedmi.attacks.engine.evidence import AttackError, Evidence
 from fedmi.attacks.engine.network import Network, one_gradient, simulate
 from fedmi.attacks.engine.penalties import Given, Penalty, Trial, stacked
@@ -22,7 +22,8 @@ COARSE = 1e-3
 """Contrast from which cosines right to 1e-6 are good enough."""
 
 Known = tuple[Given, Given, list[Given]]
-"""The update, its support, and what each penalty knows: of one problem, or stacked of many."""
+"""The update as `aim` gives it, its support, and what each penalty knows: of one problem, or
+stacked of many."""
 Coupling = Callable[[Tensor], Tensor]
 """Points of all restarts [problems, restarts, ...] -> what is added to their losses, [problems,
 restarts]."""
@@ -76,7 +77,7 @@ class Matching:
             return self._one_by_one(problems)
         try:
             found = self._objective(problems)
-            found.losses(found.points_of(problems))
+            found.tried(problems)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -94,9 +95,11 @@ class Matching:
         some = next(iter(self.network.parameters.values()))
         if self.distance == "cosine" and contrast(self.network, evidence[0].input_shape) > COARSE:
             return replace(self, distance="cosine_by_dots")._objective(problems)
+        wanted = _like(stacked([dict(self._wanted(item)) for item in evidence]), some)
+        support = _like(_supports(evidence), some)
         known: Known = (
-            _like(stacked([dict(self._wanted(item)) for item in evidence]), some),
-            _like(_supports(evidence), some),
+            vmap(partial(aim, self.distance))(wanted, support),
+            support,
             [
                 _like(stacked([self._given(penalty, item) for item in problems]), some)
                 for penalty in self.penalties
@@ -127,7 +130,7 @@ class Matching:
 
     def loss(self, point: Tensor, labels: Tensor, known: Known, unit: Tensor, plan: Plan) -> Tensor:
         """Of one point of one problem."""
-        descent, support, given = known
+        aimed, support, given = known
         inputs, labels = self.unknown.decode(point, labels)
         if self.work is None:
             found, seen = one_gradient(self.network, inputs, labels)
@@ -135,7 +138,7 @@ class Matching:
             found, seen = simulate(self.network, inputs, labels, plan, self.work)
         trial = Trial(inputs, labels, found, seen)
         compared = softened(found) if self.signs else found
-        total = distance_of(self.distance, compared, descent, support) / unit
+        total = distance_of(self.distance, compared, aimed, support) / unit
         for penalty, item in zip(self.penalties, given, strict=True):
             value = penalty.weight * penalty.value(trial, item, self.network)
             total = total + (value / unit if penalty.relative else value)
@@ -163,6 +166,14 @@ class MatchingObjective:
         """Where the searches start, [problems x restarts, ...]."""
         return torch.cat([problem.starts for problem in problems]).to(self.unit)
 
+    def tried(self, problems: Sequence[Problem]) -> None:
+        """RuntimeError if vmap refuses the module. One problem tells, but of compiled ones all."""
+        if self.matching.compiled:
+            self.losses(self.points_of(problems))
+        else:
+            first = self.kept(torch.zeros(1, dtype=torch.long, device=self.unit.device))
+            first.losses(first.points_of(problems[:1]))
+
     def losses(self, points: Tensor) -> Tensor:
         if self.matching.network.plain:
             return torch.stack([self._one(row, point).detach() for row, point in enumerate(points)])
@@ -179,9 +190,9 @@ class MatchingObjective:
         return losses.detach(), slopes
 
     def kept(self, problems: Tensor) -> "MatchingObjective":
-        descent, support, given = self.known
+        aimed, support, given = self.known
         known: Known = (
-            _rows(descent, problems),
+            _rows(aimed, problems),
             _rows(support, problems),
             [_rows(item, problems) for item in given],
         )
@@ -227,9 +238,9 @@ class MatchingObjective:
     def _one(self, row: int, point: Tensor) -> Tensor:
         """The loss of one row, with its graph."""
         problem, restart = divmod(row, self.restarts)
-        descent, support, given = self.known
+        aimed, support, given = self.known
         known = (
-            _row(descent, problem),
+            _row(aimed, problem),
             _row(support, problem),
             [_row(item, problem) for item in given],
         )
@@ -246,7 +257,8 @@ def contrast(network: Network, shape: tuple[int, int, int]) -> float:
     images = torch.stack([torch.full(shape, 0.5), torch.rand(shape, generator=rng)])
     label = torch.zeros(1, dtype=torch.long, device=some.device)
     two = [one_gradient(network, image[None].to(some), label)[0] for image in images]
-    return float(cosine(*({n: part.detach() for n, part in found.items()} for found in two)))
+    here, there = ({name: part.detach() for name, part in found.items()} for found in two)
+    return float(cosine(here, aim("cosine", there, {})))
 
 
 _NOT_COMPILED = (
