@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmi.attacks.base import Attack, Case, Reconstruction
 from fedmi.attacks.engine import adaptive
+from fedmi.attacks.engine.allocation import freed_memory_kept
 from fedmi.attacks.engine.assumed import Assumed
 from fedmi.attacks.engine.batching import bytes_per_problem, chunks
 from fedmi.attacks.engine.dealing import dealt, doubted, ordered
@@ -207,7 +208,9 @@ class GradientMatching(Attack):
             matching = self.matching(case, problems[0].evidence)
             for part in chunks(problems, self.fitting(matching, problems[0])):
                 report = within(case.progress, done / total, len(part) / total)
-                answers |= {a.target.id: a for a in self._solve(case, matching, part, report)}
+                with freed_memory_kept():
+                    solved = self._solve(case, matching, part, report)
+                answers |= {answer.target.id: answer for answer in solved}
                 done += len(part)
         case.progress(1.0)
         return tuple(answers[target.id] for target in case.targets)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fedmi.attacks.engine.distances import Distance, aim, cosine, distance_of, softened
+from fedmi.attacks.engine.distances import Distance, aim, distance_of, softened
 from fedmi.attacks.engine.evidence import AttackError, Evidence
 from fedmi.attacks.engine.network import Network, one_gradient, simulate
 from fedmi.attacks.engine.penalties import Given, Penalty, Trial, stacked
@@ -17,9 +17,6 @@ from fedmi.attacks.engine.plan import Plan
 from fedmi.attacks.engine.unknowns import Pixels, Unknown
 from fedmi.exposure.recipe import LocalWork
 from fedmi.exposure.seeding import Seed
-
-COARSE = 1e-3
-"""Contrast from which cosines right to 1e-6 are good enough."""
 
 Known = tuple[Given, Given, list[Given]]
 """The update as `aim` gives it, its support, and what each penalty knows: of one problem, or
@@ -93,8 +90,6 @@ class Matching:
     def _objective(self, problems: Sequence[Problem]) -> "MatchingObjective":
         evidence = [problem.evidence for problem in problems]
         some = next(iter(self.network.parameters.values()))
-        if self.distance == "cosine" and contrast(self.network, evidence[0].input_shape) > COARSE:
-            return replace(self, distance="cosine_by_dots")._objective(problems)
         wanted = _like(stacked([dict(self._wanted(item)) for item in evidence]), some)
         support = _like(_supports(evidence), some)
         known: Known = (
@@ -247,18 +242,6 @@ class MatchingObjective:
         labels, unit = self.labels[problem, restart], self.unit[problem]
         found: Tensor = self.matching.loss(point, labels, known, unit, self.plan)
         return found
-
-
-def contrast(network: Network, shape: tuple[int, int, int]) -> float:
-    """Cosine distance of the gradients of a grey and of a noise image: what the network makes of
-    the difference of two records."""
-    rng = torch.Generator().manual_seed(0)
-    some = next(iter(network.parameters.values()))
-    images = torch.stack([torch.full(shape, 0.5), torch.rand(shape, generator=rng)])
-    label = torch.zeros(1, dtype=torch.long, device=some.device)
-    two = [one_gradient(network, image[None].to(some), label)[0] for image in images]
-    here, there = ({name: part.detach() for name, part in found.items()} for found in two)
-    return float(cosine(here, aim("cosine", there, {})))
 
 
 _NOT_COMPILED = (
