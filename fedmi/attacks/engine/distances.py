@@ -39,7 +39,8 @@ def cosine(found: Parts, aimed: Parts) -> Tensor:
         length = norm(found)
         gaps = [(found[name] / length - part).square().sum() for name, part in aimed.items()]
         return torch.stack(gaps).sum() / 2
-    distance: Tensor = _Cosine.apply(*(found[name] for name in aimed), *aimed.values())[0]
+    tensors = (*(found[name] for name in aimed), *aimed.values())
+    distance: Tensor = _Cosine.apply(*tensors)[0]  # type: ignore[no-untyped-call]
     return distance
 
 
