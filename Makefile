@@ -32,6 +32,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bit_flips.py
 	$(BIN)/python benchmarks/encrypted_inference.py
 	$(BIN)/python benchmarks/query_monitor.py
+	$(BIN)/python benchmarks/federated_averaging.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/make_architecture.py

@@ -1,6 +1,6 @@
 """Federated averaging over several epochs in unknown order: three readings of the same updates.
 
-    python benchmarks/federated_averaging.py [--epochs 2 5] [--clients 2] [--steps 200]
+    python benchmarks/federated_averaging.py [--epochs 2 5 10] [--clients 4] [--steps 300]
 
 The setting of Dimitrov et al. (TMLR 2022), smaller: digits for FEMNIST, a network like
 theirs with a quarter of the maps, 10 records a client in batches of 5, learning rate 0.05, labels
@@ -97,9 +97,9 @@ def readings(steps: int) -> dict[str, Attack]:
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, nargs="+", default=[2, 5])
-    parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[2, 5, 10])
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=300)
     asked = parser.parse_args()
     rows = list[dict[str, Any]]()
     for epochs in asked.epochs:

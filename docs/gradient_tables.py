@@ -80,6 +80,28 @@ def averaging(results: Report) -> Iterator[tuple[str, ...]]:
         yield (str(row["epochs"]), row["attack"], f"{mean} [{low}, {high}]", share)
 
 
+def speed(results: Report) -> Iterator[tuple[str, ...]]:
+    """Network, what is compared, times as fast as breaching, and PSNR against it."""
+    yield ("network", "searches", "times as fast", "in CPU time", "PSNR, dB, against breaching's")
+    for row in results["rows"]:
+        name, quality = row["network"]["kind"], row["quality"]["whole_image"]
+        mean, low, high = quality["difference_db"]
+        steps = row["quality"]["steps"]
+        gain = f"{quality['fedmi_psnr_db']}, {mean:+} [{low}, {high}] after {steps} steps"
+        for part in row["throughput"]:
+            many = part["targets"]
+            what = "one target" if many == 1 else f"{many} targets"
+            cpu = _ratio(part["speedup_in_cpu_time"])
+            yield (name, what, _ratio(part["speedup"]), cpu, gain if many > 1 else "")
+        both = row["cells_side_by_side"]
+        what = f"{both['workers']} cells of {both['targets'] // both['workers']}, a process each"
+        yield (name, what, _ratio(both["speedup"]), "", "")
+
+
+def _ratio(found: dict[str, float]) -> str:
+    return f"{found['median']} [{found['low']}, {found['high']}]"
+
+
 def markdown(lines: Iterator[tuple[str, ...]]) -> str:
     """A table whose first line is the head."""
     head, *rest = lines

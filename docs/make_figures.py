@@ -375,6 +375,7 @@ def crossing(runs: Path) -> None:
     for name, describe in (
         ("papers", gradient_tables.papers),
         ("federated_averaging", gradient_tables.averaging),
+        ("against_breaching", gradient_tables.speed),
     ):
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         text = put(text, *marks(name), gradient_tables.markdown(describe(results)))

@@ -163,6 +163,21 @@ def intervals(found: Report) -> Rows:
         )
 
 
+def peer(found: Report) -> Rows:
+    for row in found["rows"]:
+        name, gain = row["network"]["kind"], row["quality"]["whole_image"]["difference_db"]
+        for part in row["throughput"]:
+            ratio = part["speedup"]
+            yield (
+                f"gradient matching, {name}, {part['targets']} targets: times as fast as breaching",
+                f"{ratio['median']} [{ratio['low']}, {ratio['high']}]",
+            )
+        yield (
+            f"gradient matching, {name}: PSNR against breaching's, paired",
+            f"{spread(gain)} dB, {row['quality']['images']} images",
+        )
+
+
 def spread(interval: list[float]) -> str:
     return f"{interval[0]:+.2f} [{interval[1]:.2f}, {interval[2]:.2f}]"
 
@@ -200,6 +215,7 @@ def main(run: Path, guarded: Path, shared: Path, every: Path) -> None:
     described = {
         "mi_face": faces,
         "inverting_gradients": gradients,
+        "against_breaching": peer,
         "round_overhead": rounds,
         "interval_coverage": intervals,
     }
