@@ -147,7 +147,7 @@ def case_of(setting: Setting, images: Images, weights: dict[str, Path]) -> Case:
     seen = [Observation(SERVER, Channel.GLOBAL_MODEL, 1, (), dict(model.state_dict()), 0)]
     for client in range(setting.targets):
         rows = slice(client * setting.batch, (client + 1) * setting.batch)
-        sent = mean_gradient(model, images[0][rows], images[1][rows])
+        sent = mean_gradient(model, images[0][rows], images[1][rows], setting.mode)
         clear = {"num_examples": float(setting.batch)}
         seen.append(Observation(SERVER, Channel.GRADIENT, 1, (client,), sent, 0, clear))
     knowledge = Knowledge(
