@@ -290,7 +290,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--targets", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2, help="cells at a time; the cores")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a fifth of the steps: a smoke run")
     parser.add_argument("--out", type=Path, default=RESULTS / "against_breaching.json")
     return parser.parse_args()

@@ -104,10 +104,10 @@ def settings() -> Iterator[Setting]:
         yield Setting(
             f"Inverting Gradients, ResNet20-4 {state}",
             resnet,
-            InvertingGradients(**WHERE, steps=200, tv_weight=0.3),
-            3,
+            InvertingGradients(**WHERE, steps=600, tv_weight=0.3),
+            4,
             paper,
-            "24,000 steps in the paper, 200 here; " + scale,
+            "24,000 steps in the paper, 600 here; " + scale,
             weights=weights,
         )
     yield Setting(
@@ -143,7 +143,7 @@ def case_of(setting: Setting, images: Images, weights: dict[str, Path]) -> Case:
     if setting.weights:
         model.load_state_dict(load_file(weights[setting.weights]))
     model.train(setting.mode == "train")
-    work = LocalWork(recipe=Recipe(mode="eval", batch_size=setting.batch))
+    work = LocalWork(recipe=Recipe(mode=setting.mode, batch_size=setting.batch))
     seen = [Observation(SERVER, Channel.GLOBAL_MODEL, 1, (), dict(model.state_dict()), 0)]
     for client in range(setting.targets):
         rows = slice(client * setting.batch, (client + 1) * setting.batch)

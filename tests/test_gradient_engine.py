@@ -57,6 +57,28 @@ class Branching(nn.Module):
         return found
 
 
+class Viewing(nn.Module):
+    """Views that strides of one problem allow, and those of two, as vmap lays them, do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 256, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.sigmoid(self.conv(inputs))
+        maps = hidden.view(len(hidden) * 4, 256)
+        scaled = maps / (1 + maps.mean(1, keepdim=True))
+        found: Tensor = self.head(scaled.view(len(hidden), 4 * 256))
+        return found
+
+
+class Viewed(ModelSpec):
+    kind: str = "viewed"
+
+    def module(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        return Viewing()
+
+
 class Odd(ModelSpec):
     kind: str = "odd"
 
@@ -113,6 +135,18 @@ def test_what_vmap_refuses_takes_the_slow_path_and_works() -> None:
     found = inverting().reconstruct(gradient_case(Odd(), private))
     prior_only = inverting().reconstruct(gradient_case(Odd(), public))
     assert psnr(found, private).mean() > psnr(prior_only, private).mean() + 8
+
+
+@pytest.mark.parametrize("orders", [1, 2])
+def test_what_vmap_refuses_of_several_problems_takes_the_slow_path_too(orders: int) -> None:
+    private, work = sets([4] * 3, seed=0), LocalWork(steps=2, recipe=Recipe(batch_size=2))
+    sent = [trained(Viewed(), batch, work, Seed.root(c)) for c, batch in enumerate(private)]
+    case = make_case(Viewed(), sent, [4] * 3, Channel.CLIENT_UPDATE, work)
+    attack = inverting(Channel.CLIENT_UPDATE, steps=2, tv_unit="absolute", label_orders=orders)
+    seen = attack.read(case)
+    problems = [attack.problem(case, item) for item in seen]
+    assert attack.matching(case, seen[0]).objective(problems).matching.network.plain
+    assert all(bool(found.confidence.isfinite().all()) for found in attack.reconstruct(case))
 
 
 @pytest.mark.parametrize(("rate", "flags"), [(0.5, {"dropout_masks_unknown"}), (0.0, set())])

@@ -285,9 +285,9 @@ class GradientMatching(Attack):
         turns = [
             (guesses[number % len(guesses)], number // len(guesses)) for number in range(tries)
         ]
-        dealt = [self.dealt(case, evidence, labels, turn) for labels, turn in turns]
+        hands = [self.dealt(case, evidence, labels, turn) for labels, turn in turns]
         return Problem(
-            evidence, torch.stack(dealt), torch.stack(starts), case.seed.child(evidence.target.id)
+            evidence, torch.stack(hands), torch.stack(starts), case.seed.child(evidence.target.id)
         )
 
     def _guesses(self, case: Case, evidence: Evidence) -> list[Tensor]:

@@ -96,9 +96,8 @@ class DeepLeakage(GradientMatching):
     def objective(self, case: Case, matching: Matching, problems: Sequence[Problem]) -> Objective:
         """In units of the observed update's energy: the same threshold for every network."""
         found = matching.objective(problems)
-        descent, support, _ = found.known
-        seen = [part * support.get(name, torch.ones_like(part)) for name, part in descent.items()]
-        energy = torch.stack([part.flatten(1).square().sum(1) for part in seen]).sum(0)
+        aimed = found.known[0]
+        energy = torch.stack([p.flatten(1).square().sum(1) for p in aimed.values()]).sum(0)
         return replace(found, unit=energy.clamp_min(torch.finfo(energy.dtype).tiny))
 
     def unknown(self, case: Case, evidence: Evidence) -> Unknown:

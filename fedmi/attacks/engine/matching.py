@@ -162,12 +162,12 @@ class MatchingObjective:
         return torch.cat([problem.starts for problem in problems]).to(self.unit)
 
     def tried(self, problems: Sequence[Problem]) -> None:
-        """RuntimeError if vmap refuses the module. One problem tells, but of compiled ones all."""
+        """RuntimeError if vmap refuses the module. Two problems tell, but of compiled ones all."""
         if self.matching.compiled:
             self.losses(self.points_of(problems))
         else:
-            first = self.kept(torch.zeros(1, dtype=torch.long, device=self.unit.device))
-            first.losses(first.points_of(problems[:1]))
+            two = self.kept(torch.arange(min(2, len(problems)), device=self.unit.device))
+            two.losses(two.points_of(problems[:2]))
 
     def losses(self, points: Tensor) -> Tensor:
         if self.matching.network.plain:
