@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Setting:
     why: str
     batch: int = 1
     weights: str = ""
-    mode: str = "eval"
+    mode: Literal["train", "eval"] = "eval"
 
 
 def settings() -> Iterator[Setting]:

@@ -165,16 +165,17 @@ def intervals(found: Report) -> Rows:
 
 def peer(found: Report) -> Rows:
     for row in found["rows"]:
-        name, gain = row["network"]["kind"], row["quality"]["whole_image"]["difference_db"]
+        name, quality = row["network"]["kind"], row["quality"]
         for part in row["throughput"]:
             ratio = part["speedup"]
             yield (
                 f"gradient matching, {name}, {part['targets']} targets: times as fast as breaching",
                 f"{ratio['median']} [{ratio['low']}, {ratio['high']}]",
             )
+        whole, inner = (quality[at]["difference_db"] for at in ("whole_image", "without_edge"))
         yield (
             f"gradient matching, {name}: PSNR against breaching's, paired",
-            f"{spread(gain)} dB, {row['quality']['images']} images",
+            f"{spread(whole)} dB, without the edge {spread(inner)} dB, {quality['images']} images",
         )
 
 
