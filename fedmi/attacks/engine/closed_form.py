@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 from torch import nn
 
@@ -10,8 +10,11 @@ from fedmi.attacks.base import Attack, Case, Reconstruction
 from fedmi.attacks.engine.evidence import MUTE, UPDATES, AttackError, Evidence, blind, read
 from fedmi.exposure.words import Fact
 
+Source = TypeVar("Source")
+"""What an attack reads of a model: the name of a layer, a part with its name, nothing."""
 
-class ClosedForm(Attack):
+
+class ClosedForm(Attack, Generic[Source]):
     """One target after the other; a subclass says what of the model it reads (`readable`) and
     solves (`invert`). Evidence with a flag of `MUTE` says nothing and is answered blindly."""
 
@@ -19,13 +22,13 @@ class ClosedForm(Attack):
     needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
 
     @abstractmethod
-    def readable(self, network: nn.Module) -> Any:
+    def readable(self, network: nn.Module) -> Source:
         """What of the network it reads, as `invert` is given it. AttackError, naming the layer, if
         it cannot."""
 
     @abstractmethod
-    def invert(self, case: Case, evidence: Evidence, place: Any) -> Reconstruction:
-        """The answer to one target; place: what `readable` gave."""
+    def invert(self, case: Case, evidence: Evidence, source: Source) -> Reconstruction:
+        """The answer to one target; source: what `readable` gave."""
 
     def evidence(self, case: Case) -> Sequence[Evidence]:
         """What is solved for, one a target of the case, in order."""
@@ -40,10 +43,10 @@ class ClosedForm(Attack):
 
     def reconstruct(self, case: Case) -> tuple[Reconstruction, ...]:
         assert case.knowledge.build is not None
-        place = self.readable(case.knowledge.build())
+        source = self.readable(case.knowledge.build())
         answers: list[Reconstruction] = []
         for done, item in enumerate(self.evidence(case), start=1):
             mute = bool(item.flags & MUTE)
-            answers.append(blind(case, item) if mute else self.invert(case, item, place))
+            answers.append(blind(case, item) if mute else self.invert(case, item, source))
             case.progress(done / len(case.targets))
         return tuple(answers)

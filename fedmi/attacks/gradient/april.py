@@ -40,7 +40,7 @@ class _System:
     flags: frozenset[str] = frozenset()
 
 
-class April(ClosedForm):
+class April(ClosedForm[tuple[str, VisionTransformer]]):
     """Every patch of one record, from a linear system whose matrix the positions' gradient gives.
 
     With z_i = W_e p_i + b_e + E_i the tokens, dL/dE_i = dL/dz_i =: g_i is part of the update: the
@@ -108,9 +108,9 @@ class April(ClosedForm):
         ]
 
     def invert(
-        self, case: Case, evidence: Evidence, place: tuple[str, VisionTransformer]
+        self, case: Case, evidence: Evidence, source: tuple[str, VisionTransformer]
     ) -> Reconstruction:
-        prefix, network = place
+        prefix, network = source
         gradient = _own(evidence.gradient, prefix)
         if not gradient["tokens.position"][1:].any():
             silent = evidence.flags | {"zero_gradients_in_read_layer"}

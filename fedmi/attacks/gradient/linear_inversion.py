@@ -37,7 +37,7 @@ class _Seen:
         return bias @ self.weight / strength.clamp_min(1e-300)
 
 
-class LinearInversion(ClosedForm):
+class LinearInversion(ClosedForm[str]):
     """The input of a first linear layer, as the quotient of its weight and its bias gradient.
 
     For y = W x + b, dL/dW_i = (dL/db_i) x: every neuron's quotient dW_i / db_i is the record
@@ -75,10 +75,10 @@ class LinearInversion(ClosedForm):
     def readable(self, network: nn.Module) -> str:
         return first_linear(network)
 
-    def invert(self, case: Case, evidence: Evidence, place: str) -> Reconstruction:
+    def invert(self, case: Case, evidence: Evidence, source: str) -> Reconstruction:
         if self.adaptive:
             evidence = adapted(case, evidence)
-        layer = _seen(evidence, place)
+        layer = _seen(evidence, source)
         bias = layer.bias
         if not bias.any():
             return blind(

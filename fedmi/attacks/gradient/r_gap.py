@@ -15,7 +15,7 @@ from fedmi.attacks.engine.evidence import AttackError, Evidence, blind
 from fedmi.attacks.engine.recursion import Walk, refusal
 
 
-class RGAP(ClosedForm):
+class RGAP(ClosedForm[None]):
     """One record, solved for layer by layer without any optimisation.
 
     dL/dlogits and the features come from the last linear layer (from its bias gradient; without
@@ -59,7 +59,7 @@ class RGAP(ClosedForm):
     def evidence(self, case: Case) -> Sequence[Evidence]:
         return [replace(item, flags=item.flags | _unfit(item)) for item in super().evidence(case)]
 
-    def invert(self, case: Case, evidence: Evidence, place: None) -> Reconstruction:
+    def invert(self, case: Case, evidence: Evidence, source: None) -> Reconstruction:
         flags = evidence.flags
         assert case.knowledge.build is not None
         network = case.knowledge.build().eval()

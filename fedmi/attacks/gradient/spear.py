@@ -18,7 +18,7 @@ FILLED = -1.0
 """Confidence of a record that is only the batch's mixture."""
 
 
-class Spear(ClosedForm):
+class Spear(ClosedForm[str]):
     """All records of a batch, exactly, from a first linear layer with bias and ReLU.
 
     For z = W x + c, dL/dW = D X with D = dL/dZ [m, b], X [b, n], so it has rank b: by its SVD it is
@@ -78,13 +78,13 @@ class Spear(ClosedForm):
     def readable(self, network: nn.Module) -> str:
         return rectified(network)
 
-    def invert(self, case: Case, evidence: Evidence, place: str) -> Reconstruction:
-        seen = _seen(evidence, place)
-        slopes = [evidence.gradient[place + part][seen].double() for part in ("weight", "bias")]
+    def invert(self, case: Case, evidence: Evidence, source: str) -> Reconstruction:
+        seen = _seen(evidence, source)
+        slopes = [evidence.gradient[source + part][seen].double() for part in ("weight", "bias")]
         if not slopes[1].any():
             silent = evidence.flags | {"zero_gradients_in_read_layer"}
             return blind(case, replace(evidence, flags=silent))
-        weight, bias = (evidence.base[place + part][seen].double() for part in ("weight", "bias"))
+        weight, bias = (evidence.base[source + part][seen].double() for part in ("weight", "bias"))
         mixed = mixture(weight, bias, (slopes[0], slopes[1]), evidence.records)
         rng = case.seed.child(evidence.target.id, self.kind).torch()
         found = unmixed(mixed, self._search(_several(evidence)), rng)
