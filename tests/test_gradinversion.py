@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.evidence import AttackError, read
 from fedmi.attacks.engine.gradient_matching import GradientMatching
-from fedmi.attacks.engine.inversion import statistics_penalty
 from fedmi.attacks.engine.labels import METHODS
 from fedmi.attacks.engine.matching import Problem
 from fedmi.attacks.engine.network import load, one_gradient
 from fedmi.attacks.engine.penalties import GroupConsistency
+from fedmi.attacks.engine.smooth_matching import statistics_penalty
 from fedmi.attacks.engine.unknowns import Unknown
 from fedmi.attacks.gradient.gradinversion import GradInversion
 from fedmi.attacks.gradient.inverting_gradients import InvertingGradients

@@ -9,15 +9,13 @@ from fedmi.attacks.base import Case
 from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.distances import Distance
 from fedmi.attacks.engine.evidence import UPDATES, Evidence
-from fedmi.attacks.engine.gradient_matching import GradientMatching
-from fedmi.attacks.engine.inversion import statistics_penalty, statistics_told
 from fedmi.attacks.engine.labels import LabelMethod, recover
 from fedmi.attacks.engine.matching import Coupling, Problem
-from fedmi.attacks.engine.penalties import GroupConsistency, Penalty, PixelNorm, TotalVariation
-from fedmi.exposure.words import Fact
+from fedmi.attacks.engine.penalties import GroupConsistency, Penalty, PixelNorm
+from fedmi.attacks.engine.smooth_matching import SmoothMatching
 
 
-class GradInversion(GradientMatching):
+class GradInversion(SmoothMatching):
     """Records found by several seeds that match the gradient in L2 and are pulled together.
 
     Minimises, over all seeds x_g of a target at once,
@@ -45,7 +43,6 @@ class GradInversion(GradientMatching):
     restarts: int = Field(
         default=1, ge=1, le=1024, description="seeds a target; several are a group, as in the paper"
     )
-    learning_rate: float = Field(default=0.05, gt=0, le=10, description="Adam's step, in pixels")
     sign: Literal["none", "hard", "soft"] = Field(
         default="hard", description="Adam follows the slope (as in the paper), or its sign"
     )
@@ -56,12 +53,6 @@ class GradInversion(GradientMatching):
     tv_weight: float = Field(default=0.3, ge=0, description="weight of TV, in units of `tv_unit`")
     l2_weight: float = Field(
         default=0.0, ge=0, description="weight of the mean square distance from mid-grey"
-    )
-    tv_unit: Literal["grey", "absolute"] = Field(
-        default="grey", description="the distance of a grey image, or 1 as in the paper"
-    )
-    bn_weight: float = Field(
-        default=1.0, ge=0, description="weight of granted batch-normalisation statistics"
     )
     group_weight: float = Field(
         default=1.0, ge=0, description="weight of the distance to the consensus of the seeds"
@@ -78,8 +69,8 @@ class GradInversion(GradientMatching):
         "Recovery via GradInversion, CVPR 2021"
     )
     channels: ClassVar = UPDATES
-    uses: ClassVar = GradientMatching.uses | {Fact.BN_STATISTICS}
     distance_kind: ClassVar[Distance] = "l2"
+    bn_relative: ClassVar[bool] = False
 
     def schedule(self) -> Schedule:
         return Schedule(
@@ -93,16 +84,8 @@ class GradInversion(GradientMatching):
             stop_below=self.stop_below,
         )
 
-    def unit(self) -> Literal["grey", "absolute"]:
-        return self.tv_unit
-
-    def penalties(self, case: Case, evidence: Evidence) -> tuple[Penalty, ...]:
-        found: list[Penalty] = []
-        if self.tv_weight:
-            found.append(TotalVariation(self.tv_weight))
-        if self.l2_weight:
-            found.append(PixelNorm(self.l2_weight))
-        return (*found, *statistics_penalty(self, case, evidence, self.bn_weight, relative=False))
+    def further(self, case: Case, evidence: Evidence) -> tuple[Penalty, ...]:
+        return (PixelNorm(self.l2_weight),) if self.l2_weight else ()
 
     def coupling(self, case: Case, evidence: Evidence) -> Coupling | None:
         if self.restarts == 1 or not self.group_weight:
@@ -117,4 +100,4 @@ class GradInversion(GradientMatching):
             sure = recover(case, evidence, self.label_recovery)[1]
             told = frozenset[str]() if bool((sure > 0).all()) else {"labels_not_distinct"}
             evidence = replace(evidence, flags=evidence.flags | told)
-        return super().problem(case, statistics_told(self, case, evidence, self.bn_weight))
+        return super().problem(case, evidence)

@@ -9,15 +9,12 @@ from fedmi.attacks.engine import adaptive
 from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.evidence import UPDATES, Evidence
 from fedmi.attacks.engine.features import last_with_bias
-from fedmi.attacks.engine.gradient_matching import GradientMatching
-from fedmi.attacks.engine.inversion import statistics_penalty, statistics_told
-from fedmi.attacks.engine.matching import Problem
-from fedmi.attacks.engine.penalties import FeaturePenalty, Penalty, TotalVariation
+from fedmi.attacks.engine.penalties import FeaturePenalty, Penalty
 from fedmi.attacks.engine.protected import names
-from fedmi.exposure.words import Fact
+from fedmi.attacks.engine.smooth_matching import SmoothMatching
 
 
-class Modern(GradientMatching):
+class Modern(SmoothMatching):
     """Records found by matching the direction of their gradient and their last features.
 
     Minimises (1 - cos(simulated, observed)) / unit + tv_weight TV(x)
@@ -38,7 +35,6 @@ class Modern(GradientMatching):
     """
 
     kind: Literal["modern"] = "modern"
-    learning_rate: float = Field(default=0.05, gt=0, le=10, description="Adam's step, in pixels")
     sign: Literal["none", "hard", "soft"] = Field(
         default="hard", description="Adam follows the slope, its sign, or a soft sign of it"
     )
@@ -47,14 +43,8 @@ class Modern(GradientMatching):
     )
     warmup: int = Field(default=50, ge=0, description="steps over which the step size rises")
     tv_weight: float = Field(default=0.5, ge=0, description="weight of TV, in units of `tv_unit`")
-    tv_unit: Literal["grey", "absolute"] = Field(
-        default="grey", description="the distance of a grey image, or 1 as in papers"
-    )
     feature_weight: float = Field(
         default=1.0, ge=0, description="weight of the features' distance, 1 for a grey image"
-    )
-    bn_weight: float = Field(
-        default=1.0, ge=0, description="weight of granted batch-normalisation statistics"
     )
 
     paper: ClassVar[str] = (
@@ -62,7 +52,6 @@ class Modern(GradientMatching):
         "(its attack 'modern'), 2022"
     )
     channels: ClassVar = UPDATES
-    uses: ClassVar = GradientMatching.uses | {Fact.BN_STATISTICS}
 
     def schedule(self) -> Schedule:
         return Schedule(
@@ -75,19 +64,9 @@ class Modern(GradientMatching):
             stop_below=self.stop_below,
         )
 
-    def unit(self) -> Literal["grey", "absolute"]:
-        return self.tv_unit
-
-    def penalties(self, case: Case, evidence: Evidence) -> tuple[Penalty, ...]:
-        found: list[Penalty] = []
-        if self.tv_weight:
-            found.append(TotalVariation(self.tv_weight))
-        if self.feature_weight and (layer := self._read_layer(case)):
-            found.append(FeaturePenalty(self.feature_weight, layer))
-        return (*found, *statistics_penalty(self, case, evidence, self.bn_weight))
-
-    def problem(self, case: Case, evidence: Evidence) -> Problem:
-        return super().problem(case, statistics_told(self, case, evidence, self.bn_weight))
+    def further(self, case: Case, evidence: Evidence) -> tuple[Penalty, ...]:
+        layer = self._read_layer(case) if self.feature_weight else ""
+        return (FeaturePenalty(self.feature_weight, layer),) if layer else ()
 
     def _read_layer(self, case: Case) -> str:
         """The layer whose inputs the update gives away, "" if it does not."""
