@@ -80,6 +80,10 @@ class Attack(Component):
     """Facts without which it cannot run."""
     uses: ClassVar[frozenset[Fact]] = frozenset()
     """Further facts it makes use of when granted; any other grant is refused."""
+    exploits: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of malice of which a deployment must have one; empty = it needs none."""
+    reads_schemas: ClassVar[frozenset[str]] = frozenset({"pixels", "table"})
+    """Kinds of records that it knows how to recover."""
     with_dealer: ClassVar[bool] = False
     """Whether it takes off, with what compute parties tell, the masks that a dealer knows."""
     recovers: ClassVar[Literal["samples", "labels", "membership"]] = "samples"

@@ -3,26 +3,34 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedmi.data.errors import DataError
 from fedmi.data.records import Records
+from fedmi.exposure.schema import PIXELS, Schema
 
 
 def checked(
-    inputs: NDArray[Any], labels: NDArray[Any], source: str, identities: NDArray[Any] | None = None
+    inputs: NDArray[Any],
+    labels: NDArray[Any],
+    source: str,
+    identities: NDArray[Any] | None = None,
+    schema: Schema | None = None,
 ) -> Records:
     """Records with ids 0 .. n-1, read-only; identities are the labels unless given.
 
-    inputs: [n, C, H, W], any real dtype, in [0, 1]. labels: [n] integers 0 .. classes - 1, each
-    with a record. Raises DataError, which starts with `source`, for everything else.
+    inputs: [n, C, H, W], any real dtype, in [0, 1] or what the schema asks for. labels: [n]
+    integers 0 .. classes - 1, each with a record. Raises DataError, which starts with `source`, for
+    everything else.
     """
+    schema = PIXELS if schema is None else schema
     if len(inputs) != len(labels):
         raise DataError(f"{source}: {len(inputs)} inputs but {len(labels)} labels")
     if identities is not None and identities.shape != labels.shape:
         raise DataError(f"{source}: {len(labels)} labels but identities {identities.shape}")
     _check_labels(labels, source)
-    _check_inputs(inputs, source)
+    _check_inputs(inputs, source, schema)
     whole = np.asarray(labels, dtype=np.int64)
     shown = whole if identities is None else np.unique(identities, return_inverse=True)[1]
     arrays = (
@@ -33,7 +41,7 @@ def checked(
     )
     for array in arrays:
         array.setflags(write=False)
-    return Records(*arrays)
+    return Records(*arrays, schema=schema)
 
 
 def _check_labels(labels: NDArray[Any], source: str) -> None:
@@ -54,7 +62,7 @@ def _check_labels(labels: NDArray[Any], source: str) -> None:
         )
 
 
-def _check_inputs(inputs: NDArray[Any], source: str) -> None:
+def _check_inputs(inputs: NDArray[Any], source: str, schema: Schema) -> None:
     if inputs.ndim != 4 or inputs.dtype.kind not in "fiub" or 0 in inputs.shape:
         raise DataError(
             f"{source}: inputs are {inputs.dtype} {inputs.shape}; "
@@ -64,8 +72,10 @@ def _check_inputs(inputs: NDArray[Any], source: str) -> None:
         bad = np.flatnonzero(~np.isfinite(inputs).all(axis=(1, 2, 3)))
         raise DataError(f"{source}: NaN or infinity in {len(bad)} record(s), first in row {bad[0]}")
     low, high = float(inputs.min()), float(inputs.max())
-    if low < 0 or high > 1:
+    if schema.kind != "text" and (low < 0 or high > 1):
         raise DataError(f"{source}: values from {low:g} to {high:g}; they must lie in [0, 1]")
+    if schema.kind == "text" and (flaw := schema.flaw(torch.from_numpy(np.asarray(inputs)))):
+        raise DataError(f"{source}: inputs {flaw}")
 
 
 def check_private_classes(wanted: tuple[int, ...], classes: int, field: str, source: str) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 from fedmi.data.errors import DataError
 from fedmi.data.records import Ints, Records, Split
 from fedmi.exposure.component import Component
+from fedmi.exposure.schema import PIXELS, Schema
 from fedmi.exposure.seeding import Seed
 
 __all__ = ["Card", "DataError", "Dataset", "Partition"]
@@ -26,6 +27,8 @@ class Card:
     """private training records"""
     identities: bool
     """a class is one person or drawer, so that a class is private or public as a whole"""
+    schema: Schema = PIXELS
+    """what the numbers of a record mean"""
 
 
 class Dataset(Component):

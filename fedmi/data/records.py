@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmi.data import twins
+from fedmi.exposure.schema import PIXELS, Schema
 from fedmi.exposure.seeding import Seed
 
 Floats = NDArray[np.float32]
@@ -14,19 +15,27 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Records:
-    """inputs [n, C, H, W] float32 in [0, 1]; labels [n]; identities [n] (who or what is shown);
-    ids [n], the row in the data set, unique over private, held-out and public together."""
+    """inputs [n, C, H, W] float32, in [0, 1] but for token ids; labels [n]; identities [n] (who or
+    what is shown); ids [n], the row in the data set, unique over private, held-out and public
+    together; schema: what the inputs mean."""
 
     inputs: Floats
     labels: Ints
     identities: Ints
     ids: Ints
+    schema: Schema = PIXELS
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: Ints) -> "Records":
-        return Records(self.inputs[rows], self.labels[rows], self.identities[rows], self.ids[rows])
+        return Records(
+            self.inputs[rows],
+            self.labels[rows],
+            self.identities[rows],
+            self.ids[rows],
+            self.schema,
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -166,6 +166,20 @@ class Deployment(Component):
         """Why it cannot be trained as asked, in words; nothing has run yet."""
         return []
 
+    def builds(self, model: ModelSpec) -> ModelSpec:
+        """The architecture that is trained: the scenario's, unless somebody here alters it."""
+        return model
+
+    @property
+    def malice_kind(self) -> str:
+        """Kind of what a malicious party does here; empty where all follow the protocol."""
+        return ""
+
+    @property
+    def alters(self) -> str:
+        """What a malicious party changes, in a few words."""
+        return ""
+
     @property
     def audits(self) -> frozenset[str]:
         """Kinds of the audits that find canaries in this training."""

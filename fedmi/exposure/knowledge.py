@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedmi.exposure.device import Faults
 from fedmi.exposure.opening import Confided, Opener
 from fedmi.exposure.recipe import LocalWork
+from fedmi.exposure.schema import PIXELS, Schema
 from fedmi.exposure.words import Channel, Fact, Position
 
 
@@ -42,7 +43,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Each field is None unless its fact is in `facts` (shape and classes are always known).
+    """Each field is None unless its fact is in `facts` (shape, classes and what the numbers of a
+    record mean are always known).
 
     build: a fresh module of the target's architecture (weights arbitrary).
     work: the local training the server configured.
@@ -61,6 +63,7 @@ class Knowledge:
 
     input_shape: tuple[int, int, int]
     classes: int
+    schema: Schema = PIXELS
     facts: frozenset[Fact] = frozenset()
     build: Callable[[], nn.Module] | None = None
     work: LocalWork | None = None

@@ -62,6 +62,17 @@ class Transcript:
             return seen.payload
         raise LookupError(f"{self.position} did not see the global model of round {round}")
 
+    def model_sent(self, round: int, client: int) -> Mapping[str, Tensor]:
+        """What `client` was sent at the start of `round`: another model than the honest one, if a
+        malicious server gave it one. LookupError if this position missed it."""
+        honest = self.global_model(round)
+        own = [
+            seen.payload
+            for seen in self.on(Channel.GLOBAL_MODEL, [round])
+            if seen.clients == (client,) and seen.payload is not honest
+        ]
+        return own[-1] if own else honest
+
     def final_model(self) -> Mapping[str, Tensor]:
         """The latest global model this position saw."""
         seen = self.on(Channel.GLOBAL_MODEL)

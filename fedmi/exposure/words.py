@@ -30,6 +30,7 @@ class Position(StrEnum):
     MODEL_HOLDER = "model_holder"
     EAVESDROPPER = "eavesdropper"
     CLIENT = "client"
+    MALICIOUS_CLIENT = "malicious_client"
     CURIOUS_SERVER = "curious_server"
     MALICIOUS_SERVER = "malicious_server"
     KEY_HOLDER = "key_holder"

@@ -34,6 +34,7 @@ class EpsilonLowerBound(Metric):
     confidence: float = Field(default=0.95, gt=0, lt=1, description="that the bound holds")
 
     measures = "membership"
+    schemas = frozenset({"pixels", "table", "text"})
     higher_is_leakier = True
 
     def ceiling(self, canaries: int, guesses: int) -> float:

@@ -19,6 +19,7 @@ class LabelRecoveryRate(Metric):
     paper = "Zhao, Mopuri, Bilen: iDLG. arXiv:2001.02610, 2020"
 
     measures = "labels"
+    schemas = frozenset({"pixels", "table", "text"})
     higher_is_leakier = True
 
     def score(self, matched: Matched, judge: Judge) -> float:

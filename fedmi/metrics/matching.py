@@ -6,10 +6,9 @@ from torch import Tensor
 
 from fedmi.data.truth import Truth
 from fedmi.exposure.knowledge import Target
+from fedmi.exposure.schema import Schema
 from fedmi.metrics.base import Matched
 
-MISSING = 0.5
-"""Mid-grey: what stands in for a reconstruction that the attack did not return."""
 WORST = 1e12
 """Squared distance of a sample that is not finite: it takes what record is left."""
 
@@ -23,8 +22,9 @@ def match(
 
     A class target keeps the first sample, beside the mean of the class's private records. A
     batch target of n records keeps the first n samples, paired with the records so that the
-    summed pixel MSE is least (Hungarian algorithm); a record that gets no sample is scored on a
-    mid-grey one, so that returning less is no better than returning a guess without content.
+    summed cost by the records' schema (squared error of pixels, columns or tokens that differ) is
+    least (Hungarian algorithm); a record that gets no sample is scored on one without content
+    (mid-grey, padding), so that returning less is no better than returning a guess without content.
     A target of planted canaries has their coins as labels, in order, and no samples.
     Rows come in the order of the private records, whatever the order of the samples.
 
@@ -42,9 +42,9 @@ def match(
         inputs, labels = inputs.double().mean(0, keepdim=True).float(), labels[:1]
         identities = identities[:1] if same else torch.full((1,), -1)
     if samples is not None:
-        _check(samples, inputs, target)
-        samples = _assign(samples.detach()[: len(inputs)].float(), inputs)
-    return Matched(samples, inputs, labels, identities, recovered_labels, of_class)
+        _check(samples, inputs, target, records.schema)
+        samples = _assign(samples.detach()[: len(inputs)].float(), inputs, records.schema)
+    return Matched(samples, inputs, labels, identities, recovered_labels, of_class, records.schema)
 
 
 def _coins(coins: Tensor, guesses: Tensor | None) -> Matched:
@@ -52,27 +52,20 @@ def _coins(coins: Tensor, guesses: Tensor | None) -> Matched:
     return Matched(None, nothing, coins, torch.full((len(coins),), -1), guesses)
 
 
-def _check(samples: Tensor, references: Tensor, target: Target) -> None:
+def _check(samples: Tensor, references: Tensor, target: Target, schema: Schema) -> None:
     if samples.shape[1:] != references.shape[1:]:
         raise ValueError(
             f"samples of target '{target.id}' have shape {tuple(samples.shape)}; "
             f"[m, *{tuple(references.shape[1:])}] would be right"
         )
-    finite = samples[samples.isfinite()]
-    if finite.numel() and (finite.min() < -1e-4 or finite.max() > 1 + 1e-4):
-        raise ValueError(
-            f"samples of target '{target.id}' range over [{finite.min():.4g}, {finite.max():.4g}]; "
-            "values in [0, 1] would be right"
-        )
+    if flaw := schema.flaw(samples[samples.isfinite()]):
+        raise ValueError(f"samples of target '{target.id}' {flaw}")
 
 
-def _assign(samples: Tensor, references: Tensor) -> Tensor:
+def _assign(samples: Tensor, references: Tensor, schema: Schema) -> Tensor:
     """[m <= n, C, H, W] -> [n, C, H, W], the samples in the order of their references."""
-    distance = torch.cdist(
-        samples.flatten(1), references.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    cost = distance.square().nan_to_num(nan=WORST, posinf=WORST)
+    cost = schema.cost(samples, references).nan_to_num(nan=WORST, posinf=WORST)
     rows, columns = linear_sum_assignment(cost.numpy())
-    ordered = torch.full_like(references, MISSING)
+    ordered = schema.missing(tuple(references.shape))
     ordered[torch.from_numpy(columns)] = samples[torch.from_numpy(rows)]
     return ordered

@@ -1,18 +1,29 @@
 """The base of model specifications."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from fedmi.exposure.component import Component
+from fedmi.exposure.schema import Schema
 from fedmi.exposure.seeding import Seed
 
 Shape = tuple[int, int, int]
 
 
 class ModelSpec(Component):
-    """A classifier [n, C, H, W] in [0, 1] -> logits [n, classes]."""
+    """A classifier [n, C, H, W] in [0, 1], or token ids -> logits [n, classes]."""
+
+    takes: ClassVar[frozenset[str]] = frozenset({"pixels", "table"})
+    """Kinds of records that it is for."""
+
+    def misfit(self, schema: Schema) -> str:
+        """Why it cannot be trained on such records, or ""."""
+        if schema.kind in self.takes:
+            return ""
+        return f"takes {' or '.join(sorted(self.takes))}, but the records are {schema.kind}"
 
     @abstractmethod
     def module(self, shape: Shape, classes: int) -> nn.Module:

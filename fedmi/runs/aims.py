@@ -188,12 +188,13 @@ def knowledge_of(
     deployment = training.deployment
     recipe = deployment.recipe or training.recipe
     public = split_of(training).public
-    network = training.model.blueprint(shape, classes)
+    network = training.network.blueprint(shape, classes)
     return Knowledge(
         input_shape=shape,
         classes=classes,
+        schema=split.private.schema,
         facts=facts,
-        build=partial(training.model.build, shape, classes, Seed.root(0).child("attacker"))
+        build=partial(training.network.build, shape, classes, Seed.root(0).child("attacker"))
         if Fact.ARCHITECTURE in facts
         else None,
         work=deployment.work(recipe) if Fact.LOCAL_TRAINING in facts else None,

@@ -246,11 +246,11 @@ def seen_by(
 
 
 def blind_guess(cell: AttackCell, split: Split) -> Tensor | None:
-    """The mean of the public records [1, C, H, W], where the adversary has them: what it can say
-    of any target without having seen anything of it. None where it has none."""
+    """The best single guess from the public records [1, C, H, W], where the adversary has them:
+    what it can say of any target without having seen anything of it. None where it has none."""
     if Fact.PUBLIC_DATA not in cell.attack.knowledge or cell.attack.recovers != "samples":
         return None
-    return torch.from_numpy(split.public.inputs.mean(0, keepdims=True))
+    return split.public.schema.typical(torch.from_numpy(split.public.inputs))
 
 
 def score(

@@ -10,6 +10,7 @@ import pandas as pd
 
 from fedmi.deployments.base import Outcome
 from fedmi.exposure.claim import PrivacyClaim
+from fedmi.exposure.words import Position
 from fedmi.leakage.files import write_frame
 from fedmi.leakage.table import costs_frame, leakage_frame, scores_frame
 from fedmi.leakage.trial import MetricInfo, Score, Trial
@@ -104,7 +105,7 @@ def trial_of(
         channel=cell.attack.channel,
         attack=cell.attack_title,
         seed=training.seed,
-        knowledge=(*sorted(granted), *_coalition(cell.attack.colluders)),
+        knowledge=(*sorted(granted), *_coalition(cell.attack.colluders), *_altered(cell)),
         targets_asked=marker.get("targets_asked", 0),
         utility=outcome.accuracy if outcome else nan,
         trained_utility=outcome.utility.accuracy if outcome else nan,
@@ -154,6 +155,13 @@ def _worded(claims: Sequence[PrivacyClaim]) -> str:
         f"({other.unit}, {other.relation}, {other.accountant})"
         for other in others
     )
+
+
+def _altered(cell: AttackCell) -> tuple[str, ...]:
+    """What the adversary itself changes, where it does not follow the protocol."""
+    alters = cell.training.deployment.alters
+    active = cell.attack.position in (Position.MALICIOUS_SERVER, Position.MALICIOUS_CLIENT)
+    return (f"alters: {alters}",) if alters and active else ()
 
 
 def _coalition(colluders: int) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def guesses(training: TrainingCell, outcome: Outcome, split: Split, round: int) 
     if round and Position.CLIENT in outcome.transcripts:
         state = outcome.transcripts[Position.CLIENT].global_model(round)
     seed = Seed.root(0).child("evaluated")
-    model = training.model.build(split.private.shape, split.classes, seed)
+    model = training.network.build(split.private.shape, split.classes, seed)
     model.load_state_dict(dict(state))
     held_out, most = split.held_out, chance(split.held_out)
     inputs, labels = torch.from_numpy(held_out.inputs), torch.from_numpy(held_out.labels)

@@ -164,7 +164,7 @@ def _right(cell: AttackCell, directory: RunDirectory) -> NDArray[np.float64]:
         return np.array(marks, dtype=np.float64)
     training, split = cell.training, split_of(cell.training)
     state = saved.load(directory.cell(training.key)).state
-    model = Trained(state, training.model, split.private.shape, split.classes).module()
+    model = Trained(state, training.network, split.private.shape, split.classes).module()
     with torch.no_grad():
         inputs = torch.from_numpy(np.ascontiguousarray(split.held_out.inputs))
         named = torch.cat([model(part).argmax(1) for part in torch.split(inputs, 256)])

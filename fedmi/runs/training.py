@@ -83,7 +83,7 @@ def site_of(
 
 
 def trained_of(cell: TrainingCell, outcome: Outcome, split: Split) -> Trained:
-    return Trained(outcome.state, cell.model, split.private.shape, split.classes)
+    return Trained(outcome.state, cell.network, split.private.shape, split.classes)
 
 
 def exposed(training: TrainingCell, served: ServedCell | None, directory: RunDirectory) -> Outcome:

@@ -51,6 +51,11 @@ class TrainingCell(BaseModel):
     confide: bool = False
 
     @property
+    def network(self) -> AnyModel:
+        """The architecture that is trained."""
+        return self.deployment.builds(self.model)
+
+    @property
     def key(self) -> str:
         """How the model is served has no part in its training, and what the deployment is called
         only if canaries are drawn by its name."""
@@ -194,7 +199,11 @@ class Planner:
 
     def attacks(self, point: Point) -> Iterator[AttackCell]:
         scenario, card = point.scenario, point.scenario.data.card()
-        scored = [m for m in scenario.scored if m.defined(card.shape, card.classes)]
+        scored = [
+            metric
+            for metric in scenario.scored
+            if card.schema.kind in metric.schemas and metric.defined(card.shape, card.classes)
+        ]
         for index, number, seed in _aims(point):
             attack = scenario.attack[number]
             training = self.training(point, index, seed, "none")

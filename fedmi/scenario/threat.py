@@ -29,7 +29,8 @@ def view(attack: Attack, deployment: Deployment) -> View | None:
 def applies(attack: Attack, deployment: Deployment) -> bool:
     named = not attack.deployments or deployment.name in attack.deployments
     planted = attack.recovers != "membership" or attack.kind in deployment.audits
-    return named and planted and view(attack, deployment) is not None
+    exposed = not attack.exploits or deployment.malice_kind in attack.exploits
+    return named and planted and exposed and view(attack, deployment) is not None
 
 
 def reads_model(attack: Attack, scenario: Scenario) -> bool:
@@ -40,26 +41,53 @@ def reads_model(attack: Attack, scenario: Scenario) -> bool:
 def problems(scenario: Scenario, card: Card) -> list[str]:
     """Everything that would keep the scenario from running, in words."""
     found = [text for deployment in scenario.deployment for text in _crowd(deployment, card)]
-    found += _architecture(scenario, card) or list(_untrainable(scenario, card))
+    found += (
+        [*_misfits(scenario, card)]
+        or _architecture(scenario, card)
+        or list(_untrainable(scenario, card))
+    )
     for attack in scenario.attack:
         place = f'[[attack]] "{attack.title}"'
         checks = (
-            *(_channel, _shares, _targets, _grants),
+            *(_channel, _exploits, _shares, _targets, _grants),
             *(_facts, _rounds, _scores, _coalition, _planted),
         )
         found += [f"{place} {text}" for check in checks for text in check(attack, scenario)]
     return found
 
 
+def _misfits(scenario: Scenario, card: Card) -> Iterator[str]:
+    """Models and attacks that are for other kinds of records."""
+    for place, model in (("model", scenario.model), ("evaluator", scenario.evaluator)):
+        if why := model.misfit(card.schema):
+            yield f'[{place}] kind = "{model.kind}": {why}'
+    for attack in scenario.attack:
+        if card.schema.kind not in attack.reads_schemas:
+            yield (
+                f'[[attack]] "{attack.title}" recovers {_words(attack.reads_schemas)}, but the '
+                f"records are {card.schema.kind}"
+            )
+
+
 def _architecture(scenario: Scenario, card: Card) -> list[str]:
     """A model that does not take the data, and attacks that cannot read it."""
+    model = scenario.model
     try:
-        network = scenario.model.blueprint(card.shape, card.classes)
+        model.blueprint(card.shape, card.classes)
+        networks = {
+            deployment.name: deployment.builds(model).blueprint(card.shape, card.classes)
+            for deployment in scenario.deployment
+        }
     except ValueError as error:
-        return [f'[model] kind = "{scenario.model.kind}": {error}']
-    reading = [attack for attack in scenario.attack if reads_model(attack, scenario)]
-    reasons = [(attack.title, attack.unsuited(network)) for attack in reading]
-    return [f'[[attack]] "{title}" {reason}' for title, reason in reasons if reason]
+        return [f'[model] kind = "{model.kind}": {error}']
+    reasons = (
+        f'[[attack]] "{attack.title}" {reason}'
+        for attack in scenario.attack
+        for deployment in scenario.deployment
+        if reads_model(attack, scenario) and applies(attack, deployment)
+        if (reason := attack.unsuited(networks[deployment.name]))
+    )
+    return list(dict.fromkeys(reasons))
 
 
 def _untrainable(scenario: Scenario, card: Card) -> Iterator[str]:
@@ -107,6 +135,19 @@ def _targets(attack: Attack, scenario: Scenario) -> Iterator[str]:
 
 def _sight(deployment: Deployment) -> str:
     return listed([f"{seen.position} sees {seen.channel}" for seen in deployment.views()])
+
+
+def _exploits(attack: Attack, scenario: Scenario) -> Iterator[str]:
+    """An attack on what nobody here does to the models."""
+    asked = [
+        d for d in scenario.deployment if not attack.deployments or d.name in attack.deployments
+    ]
+    honest = [d for d in asked if attack.exploits and d.malice_kind not in attack.exploits]
+    if honest and (attack.deployments or len(honest) == len(asked)):
+        yield (
+            f"needs a malice of kind {_words(attack.exploits)} in "
+            f"{listed([deployment.name for deployment in honest])}"
+        )
 
 
 def _shares(attack: Attack, _scenario: Scenario) -> Iterator[str]:

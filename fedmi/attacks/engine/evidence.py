@@ -75,7 +75,9 @@ def blind(case: Case, evidence: Evidence, *, samples: bool = True) -> Reconstruc
     count, rng = evidence.records, case.seed.child(evidence.target.id, "guess").torch()
     return Reconstruction(
         target=evidence.target,
-        samples=torch.full((count, *case.knowledge.input_shape), 0.5) if samples else None,
+        samples=case.knowledge.schema.missing((count, *case.knowledge.input_shape))
+        if samples
+        else None,
         labels=torch.randint(case.knowledge.classes, (count,), generator=rng),
         confidence=torch.full((count,), -torch.inf),
         flags=evidence.flags,

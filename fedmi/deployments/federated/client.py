@@ -26,6 +26,10 @@ DECRYPT = "query.decrypt"
 KEPT = "fedmi-kept"
 
 
+class ArchitectureRefusedError(RuntimeError):
+    """A client that pins the architecture was sent another one."""
+
+
 def client_app(load: Callable[[Context], Plan]) -> ClientApp:
     """The app of every client; `load` finds the plan and should cache what it reads."""
     app = ClientApp()
@@ -117,7 +121,9 @@ def protection_key(index: int, name: str) -> str:
 
 
 def contribute(plan: Plan, client: int, round: int, state: Tensors) -> Contribution:
-    """One client's work in one round, from the global model it was given; DivergedError."""
+    """One client's work in one round, from the global model it was given; DivergedError, or
+    ArchitectureRefusedError where it pins another architecture."""
+    _check_pinned(plan, state)
     model = plan.scratch
     model.load_state_dict(wire.like(state, model.state_dict()))
     records = plan.private.take(plan.schedule.parts[client])
@@ -130,6 +136,21 @@ def contribute(plan: Plan, client: int, round: int, state: Tensors) -> Contribut
         if not torch.isfinite(tensor).all():
             raise DivergedError(f"'{name}' is no longer finite")
     return sent
+
+
+def _check_pinned(plan: Plan, state: Tensors) -> None:
+    if plan.pinned is None:
+        return
+    sent = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    strange = sorted(name for name in sent if sent[name] != plan.pinned.get(name))
+    missing = sorted(set(plan.pinned) - set(sent))
+    if strange or missing:
+        what = f"unknown '{strange[0]}' {list(sent[strange[0]])}" if strange else ""
+        what = what or f"no '{missing[0]}'"
+        raise ArchitectureRefusedError(
+            f"the model sent is not the architecture agreed on: {what} "
+            f"({len(strange)} tensors differ, {len(missing)} are missing)"
+        )
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:

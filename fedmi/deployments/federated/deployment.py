@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from flwr.app import Context, RecordDict
 from pydantic import Field, model_validator
@@ -21,7 +22,7 @@ from fedmi.deployments.base import (
     Outcome,
 )
 from fedmi.deployments.federated import estimates
-from fedmi.deployments.federated.client import client_app
+from fedmi.deployments.federated.client import ArchitectureRefusedError, client_app
 from fedmi.deployments.federated.cohort import RUN
 from fedmi.deployments.federated.grid import open_grid
 from fedmi.deployments.federated.malice.base import Malice
@@ -43,6 +44,8 @@ from fedmi.models.base import ModelSpec
 from fedmi.protections.base import Protection, Setting, out_of_order, sampling_of
 from fedmi.protections.clear import Clear
 from fedmi.protections.transport import Transport
+
+T = TypeVar("T")
 
 
 class Federated(Deployment):
@@ -102,6 +105,11 @@ class Federated(Deployment):
     malice: Annotated[Malice, OneOf("fedmi.malice")] | None = Field(
         default=None, description="what the server, if malicious, does to the models it sends"
     )
+    pin_architecture: bool = Field(
+        default=False,
+        description="clients refuse a model whose tensors are not those of [model]; a server so "
+        "refused goes on with the honest one",
+    )
     engine: Literal["fedmi", "flower"] = Field(
         default="fedmi", description="fedmi's own grid, or Flower's stock simulation"
     )
@@ -137,6 +145,22 @@ class Federated(Deployment):
     @property
     def protection_kinds(self) -> tuple[str, ...]:
         return tuple(protection.kind for protection in self.protections)
+
+    @property
+    def malice_kind(self) -> str:
+        return self.malice.kind if self.malice else ""
+
+    @property
+    def alters(self) -> str:
+        return self.malice.alters if self.malice else ""
+
+    def builds(self, model: ModelSpec) -> ModelSpec:
+        """What is trained; a client that pins the architecture has it honest."""
+        return model if self.malice is None or self.pin_architecture else self.dictated(model)
+
+    def dictated(self, model: ModelSpec) -> ModelSpec:
+        """What the server asks clients to train."""
+        return model if self.malice is None else self.malice.architecture(model)
 
     def opener(self, network: nn.Module, recipe: Recipe) -> Opener | None:
         transport = self.transport
@@ -231,7 +255,10 @@ class Federated(Deployment):
         )
 
     def problems(self, card: Card, model: ModelSpec, recipe: Recipe) -> list[str]:
-        network = model.blueprint(card.shape, card.classes)
+        try:
+            network = self.dictated(model).blueprint(card.shape, card.classes)
+        except ValueError as error:
+            return [f"{self.malice_kind}: {error}"]
         setting = self.setting(network, recipe)
         found = self.serving.problems(network, card) + [
             f"{protection.title}: {why}"
@@ -257,6 +284,7 @@ class Federated(Deployment):
 
     def estimate(self, card: Card, model: ModelSpec, recorded_rounds: int) -> Estimate:
         asked = sample_size(self.clients, self.fraction)
+        model = self.builds(model)
         found = estimates.estimate(card, model, asked * self.rounds, asked, self.dropout)
         if not self.protections:
             return found
@@ -265,8 +293,11 @@ class Federated(Deployment):
         transport = self.transport or Clear(kind="clear", setting=setting)
         return estimates.protected(found, setting, transport)
 
-    def plan(self, job: Job) -> Plan:
-        """What server and clients agree on; DataError where some client would have no record."""
+    def plan(self, job: Job, honest: bool = False) -> Plan:
+        """What server and clients agree on; DataError where some client would have no record.
+
+        honest: a malicious server that was refused follows the protocol.
+        """
         beyond = sorted(round for round in job.record if not 1 <= round <= self.rounds)
         if beyond:
             raise DeploymentError(
@@ -286,7 +317,10 @@ class Federated(Deployment):
             work=self.work(recipe),
             parts=tuple(kept(part, planted) for part in parts),
         )
-        network = job.model.blueprint(private.shape, job.split.classes)
+        malice = None if honest else self.malice
+        model = job.model if honest else self.dictated(job.model)
+        agreed = job.model.blueprint(private.shape, job.split.classes).state_dict()
+        network = model.blueprint(private.shape, job.split.classes)
         records = tuple(len(part) for part in schedule.parts)
         setting = self.setting(network, recipe, records, schedule.participations, audit)
         if wrong := [w for p in self.protections for w in p.problems(setting)]:
@@ -295,14 +329,19 @@ class Federated(Deployment):
             name=self.name,
             schedule=schedule,
             strategy=self.strategy,
-            model=job.model,
+            model=model,
             model_seed=job.seed.child("model"),
             classes=job.split.classes,
             private=private,
             setting=setting,
             min_clients=self.min_clients,
             skip_failed=self.failed_round == "skip",
-            malice=self.malice,
+            malice=malice,
+            server=server_position(self.malice),
+            pinned={name: tuple(t.shape) for name, t in agreed.items()}
+            if self.pin_architecture
+            else None,
+            public=job.split.public,
             encrypted=self.tls,
             record=job.record,
             confide=job.confide,
@@ -315,11 +354,25 @@ class Federated(Deployment):
             from fedmi.deployments.federated.stock import train_on_stock_flower
 
             return train_on_stock_flower(self, job)
-        plan, started = self.plan(job), time.perf_counter()
+        started = time.perf_counter()
         with watched() as memory:
-            trained, workers_bytes = simulate(plan, job.workers, job.progress)
+            plan, (trained, workers_bytes) = self.run(
+                job, lambda plan: simulate(plan, job.workers, job.progress)
+            )
         seconds = time.perf_counter() - started
         return outcome(plan, trained, job, seconds, memory.peak_bytes + workers_bytes)
+
+    def run(self, job: Job, simulated: Callable[[Plan], T]) -> tuple[Plan, T]:
+        """The plan that was followed in the end, and what it gave."""
+        plan = self.plan(job)
+        try:
+            return plan, simulated(plan)
+        except DeploymentError as error:
+            if plan.pinned is None or ArchitectureRefusedError.__name__ not in str(error):
+                raise
+            refusal = str(error)
+        honest = replace(self.plan(job, honest=True), refusal=refusal)
+        return honest, simulated(honest)
 
 
 def simulate(plan: Plan, workers: int, progress: Callable[[float], None]) -> tuple[Trained, int]:
@@ -346,10 +399,16 @@ def outcome(
         utility=utility(model, job.split),
         cost=Cost(seconds, trained.wire_bytes_up, trained.wire_bytes_down, peak_memory_bytes),
         claims=kept_claims(plan, trained.flags),
-        flags=trained.flags | ({"eval_mode_client"} if plan.work.recipe.mode == "eval" else set()),
+        flags=trained.flags | _told(plan),
         confided=trained.confided,
         planted=plan.planted,
     )
+
+
+def _told(plan: Plan) -> frozenset[str]:
+    """Flags that follow from the plan."""
+    found = {"eval_mode_client"} if plan.work.recipe.mode == "eval" else set()
+    return frozenset(found | ({f"architecture_refused: {plan.refusal}"} if plan.refusal else set()))
 
 
 def kept_claims(plan: Plan, flags: frozenset[str]) -> tuple[PrivacyClaim, ...]:

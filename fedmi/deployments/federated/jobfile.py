@@ -17,11 +17,13 @@ from fedmi.deployments.federated.deployment import Federated
 from fedmi.deployments.federated.plan import Plan
 from fedmi.exposure.component import OneOf
 from fedmi.exposure.recipe import Recipe
+from fedmi.exposure.schema import Schema
 from fedmi.exposure.seeding import Seed
 from fedmi.models.base import ModelSpec
 
 SETTINGS, RECORDS = "job.json", "records.npz"
 SIDES = ("private", "held_out", "public", "basis")
+ARRAYS = tuple(field.name for field in fields(Records) if field.name != "schema")
 
 
 def write_job(deployment: Federated, job: Job, directory: Path) -> None:
@@ -31,7 +33,7 @@ def write_job(deployment: Federated, job: Job, directory: Path) -> None:
     for side in SIDES:
         records = getattr(job.split, side)
         if records is not None:
-            arrays |= {f"{side}.{f.name}": getattr(records, f.name) for f in fields(Records)}
+            arrays |= {f"{side}.{name}": getattr(records, name) for name in ARRAYS}
     np.savez(directory / RECORDS, allow_pickle=False, **arrays)
     settings = {
         "deployment": deployment.model_dump(mode="json"),
@@ -42,6 +44,7 @@ def write_job(deployment: Federated, job: Job, directory: Path) -> None:
         "confide": job.confide,
         "workers": job.workers,
         "classes": job.split.classes,
+        "schema": job.split.private.schema.model_dump(mode="json"),
         "identity_disjoint": job.split.identity_disjoint,
         "shared_classes": job.split.shared_classes,
     }
@@ -51,9 +54,10 @@ def write_job(deployment: Federated, job: Job, directory: Path) -> None:
 def read_job(directory: Path) -> tuple[Federated, Job]:
     """What `write_job` wrote; the job works in `directory`."""
     settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+    schema: Schema = TypeAdapter(Schema).validate_python(settings["schema"])
     with np.load(directory / RECORDS, allow_pickle=False) as arrays:
         sides = {
-            side: Records(*(arrays[f"{side}.{f.name}"] for f in fields(Records)))
+            side: Records(**{name: arrays[f"{side}.{name}"] for name in ARRAYS}, schema=schema)
             for side in SIDES
             if f"{side}.labels" in arrays
         }

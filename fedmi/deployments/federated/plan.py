@@ -37,6 +37,8 @@ class Plan:
     min_clients: replies a round needs to go on without those that failed; 0 = any failure fails
     the round. skip_failed: a failed round leaves the model as it is; else it ends the training.
     planted: an audit's canaries. malice: what a malicious server does to the models it sends.
+    server: who runs it. pinned: name -> shape of the only tensors clients take for a model; None =
+    they take what they are sent. public: the adversary's own records.
     encrypted: nobody but server and clients reads the messages.
     """
 
@@ -51,11 +53,16 @@ class Plan:
     min_clients: int
     skip_failed: bool
     malice: Malice | None
+    server: Position
+    pinned: Mapping[str, tuple[int, ...]] | None
+    public: Records
     encrypted: bool
     record: frozenset[int]
     confide: bool
     planted: Planted
     directory: Path
+    refusal: str = ""
+    """Why clients refused what the server wanted at first."""
 
     @property
     def work(self) -> LocalWork:
@@ -81,12 +88,8 @@ class Plan:
         listed = [p for p in self.setting.protections if isinstance(p, Transport)]
         if listed:
             return listed[0]
-        changed = self.setting.protections or self.malice is not None
+        changed = self.setting.protections or self.server == Position.MALICIOUS_SERVER
         return Clear(kind="clear", setting=self.setting) if changed else None
-
-    @property
-    def server(self) -> Position:
-        return server_position(self.malice)
 
     @property
     def server_knows(self) -> bool:

@@ -121,7 +121,15 @@ class ProtectedGrid(GridWrapper):
         if malice is None or round not in malice.rounds:
             return
         seed = self._plan.schedule.seed.child("malice", round)
-        occasion = Occasion(round, tuple(who), self._plan.setting.network, seed)
+        occasion = Occasion(
+            round=round,
+            asked=tuple(who),
+            network=self._plan.setting.network,
+            seed=seed,
+            shape=self._plan.private.shape,
+            classes=self._plan.classes,
+            public=self._plan.public,
+        )
         for message in messages:
             client = self._clients[message.metadata.dst_node_id]
             sent = wire.like(dict(malice.alter(model, client, occasion)), model)

@@ -69,9 +69,9 @@ def _why(deployment: Federated, status: int, directory: Path) -> str:
 def main(directory: Path) -> int:
     """Train the job in `directory` and save its outcome there."""
     deployment, job = read_job(directory)
-    plan, started = deployment.plan(job), time.perf_counter()
+    started = time.perf_counter()
     try:
-        trained = simulate(plan, job.workers)
+        plan, trained = deployment.run(job, lambda plan: simulate(plan, job.workers))
     except DeploymentError as error:
         (directory / ERROR).write_text(str(error), encoding="utf-8")
         return REFUSED

@@ -3,12 +3,15 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedmi.data.records import Records
 from fedmi.exposure.component import Component
 from fedmi.exposure.seeding import Seed
+from fedmi.models.base import ModelSpec, Shape
 from fedmi.protections.base import Setting
 
 
@@ -16,25 +19,44 @@ from fedmi.protections.base import Setting
 class Occasion:
     """One round as the malicious server meets it.
 
-    asked: the clients of the round, ascending. network: the architecture (parameters on the meta
-    device). seed: of the round, for the server's own choices.
+    asked: the clients of the round, ascending. network: the architecture as it is trained
+    (parameters on the meta device). seed: of the round, for the server's own choices. shape: of a
+    record, (C, H, W). public: the records that the adversary has of its own; a malice that reads
+    them says so in `reads_public`.
     """
 
     round: int
     asked: tuple[int, ...]
     network: nn.Module
     seed: Seed
+    shape: Shape
+    classes: int
+    public: Records
 
 
 class Malice(Component):
-    """Alters the model that one client is sent; training goes on with what comes back."""
+    """Alters the model that one client is sent; training goes on with what comes back.
+
+    It may alter the architecture too, from the first round on (`architecture`); in the rounds that
+    `rounds` does not name, all parameters are then trained like any others.
+    """
+
+    alters: ClassVar[str]
+    """What the server changes, in a few words: printed beside the attack's knowledge."""
+    reads_public: ClassVar[bool] = False
+    """Whether it makes use of public records; the attack of the same kind then needs that fact."""
 
     rounds: tuple[int, ...] = Field(
         default=(1,), min_length=1, description="rounds in which the server alters models"
     )
 
+    def architecture(self, model: ModelSpec) -> ModelSpec:
+        """What the server has clients train in place of `model`."""
+        return model
+
     def problems(self, setting: Setting) -> list[str]:
-        """Why it cannot be done in this deployment, in words."""
+        """Why it cannot be done in this deployment, in words; the setting's network is that of
+        `architecture`. ValueError from building that network is told too."""
         late = [round for round in self.rounds if not 1 <= round <= setting.rounds]
         return [f"rounds names {round}, but there are {setting.rounds}" for round in late[:1]]
 

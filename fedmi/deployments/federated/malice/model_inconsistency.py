@@ -39,6 +39,7 @@ class ModelInconsistency(Malice):
         "Pasquini, Francati, Ateniese: Eluding Secure Aggregation in Federated Learning via Model "
         "Inconsistency. CCS 2022"
     )
+    alters: ClassVar = "one layer of ReLUs dead for all clients but the victim"
     victim: Annotated[int, Field(ge=0)] | Literal["each"] = Field(
         default="each",
         description="client that gets the honest model; each = one of those asked, drawn anew from "
