@@ -16,7 +16,7 @@ from fedmi.attacks.gradient.inverting_gradients import InvertingGradients
 from fedmi.attacks.gradient.model_inconsistency import ModelInconsistency as Inversion
 from fedmi.attacks.gradient.model_inconsistency import dead_shares, suppressed, victims_update
 from fedmi.data.att_faces import ATTFaces
-from fedmi.data.records import Split
+from fedmi.data.records import Records, Split
 from fedmi.deployments.base import Job, Outcome
 from fedmi.deployments.federated.deployment import Federated
 from fedmi.deployments.federated.malice.base import Occasion
@@ -50,7 +50,10 @@ RELUS = [
 
 
 def occasion(network: nn.Module, asked: tuple[int, ...] = (0, 1, 2), round: int = 1) -> Occasion:
-    return Occasion(round, asked, network, Seed.root(4).child(round))
+    nothing = np.zeros(0, dtype=np.int64)
+    public = Records(np.zeros((0, 1, 8, 8), dtype=np.float32), nothing, nothing, nothing)
+    seed = Seed.root(4).child(round)
+    return Occasion(round, asked, network, seed, public.shape, 10, public)
 
 
 def case_of(federated: Federated, task: Job, outcome: Outcome, targets: tuple[Target, ...]) -> Case:

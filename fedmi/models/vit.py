@@ -8,9 +8,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fedmi.models.attention import Attention, Block
 from fedmi.models.base import ModelSpec, Shape
 
-Arrangement = Literal["pre_norm", "plain"]
+__all__ = ["Attention", "Block", "Patches", "Tokens", "ViT", "VisionTransformer"]
 
 
 class Patches(nn.Module):
@@ -60,45 +61,6 @@ class Tokens(nn.Module):
         return torch.cat([first, embedded], 1) + self.position
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention [n, tokens, dim] -> the same, of four linear layers."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
-        self.output = nn.Linear(dim, dim)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        query, key, value = (
-            layer(inputs).reshape(*inputs.shape[:2], self.heads, -1).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
-        mixed: Tensor = self.output((scores.softmax(3) @ value).transpose(1, 2).flatten(2))
-        return mixed
-
-
-class Block(nn.Module):
-    """Attention and MLP; `pre_norm`: x += f(norm(x)) for both, `plain`: norm(f(x)) for both."""
-
-    def __init__(self, dim: int, heads: int, hidden: int, arrangement: Arrangement) -> None:
-        super().__init__()
-        self.arrangement = arrangement
-        self.first_norm, self.second_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if self.arrangement == "plain":
-            mixed = self.first_norm(self.attention(inputs))
-            plain: Tensor = self.second_norm(self.mlp(mixed))
-            return plain
-        mixed = inputs + self.attention(self.first_norm(inputs))
-        skipped: Tensor = mixed + self.mlp(self.second_norm(mixed))
-        return skipped
-
-
 class VisionTransformer(nn.Module):
     """[n, C, H, W] -> logits [n, classes], read from the class token after the last block."""
 
@@ -140,7 +102,7 @@ class ViT(ModelSpec):
     depth: int = Field(default=2, ge=1, le=48, description="blocks of attention and MLP")
     heads: int = Field(default=4, ge=1, le=64, description="attention heads; they divide dim")
     mlp_ratio: float = Field(default=2.0, gt=0, le=16, description="hidden width of an MLP / dim")
-    arrangement: Arrangement = Field(
+    arrangement: Literal["pre_norm", "plain"] = Field(
         default="pre_norm", description="of normalisation and residuals around attention and MLP"
     )
     position_std: float = Field(
