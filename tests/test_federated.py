@@ -256,10 +256,10 @@ def broken_in_round_three(monkeypatch: pytest.MonkeyPatch, *broken: int) -> None
     """From round 3 on these clients raise."""
     working = client_module.contribute
 
-    def contribute(plan: object, client: int, round: int, model: object) -> object:
+    def contribute(plan: object, client: int, round: int, *given: object) -> object:
         if client in broken and round >= 3:
             raise OSError("disk is on fire")
-        return working(plan, client, round, model)  # type: ignore[arg-type]
+        return working(plan, client, round, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(client_module, "contribute", contribute)
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fedmi.exposure.component import Component
 
 GROUPS = (
-    "attacks", "datasets", "deployments", "error_models", "guards", "malice", "metrics",
-    "models", "partitions", "protections", "serving", "strategies",
+    "attacks", "datasets", "deployments", "detectors", "error_models", "guards", "intruders",
+    "malice", "metrics", "models", "partitions", "protections", "serving", "strategies",
 )  # fmt: skip
 
 

@@ -70,8 +70,17 @@ def by_identity(records: Records, held_out: float, public: float, seed: Seed, so
     """
     people = _dominant_class(records)
     chosen = stratified(people, public, seed.child("split", "by_identity"))
-    apart = chosen[np.searchsorted(np.unique(records.identities), records.identities)]
-    shown, rest = records.take(np.flatnonzero(apart)), records.take(np.flatnonzero(~apart))
+    return apart(records, np.unique(records.identities)[~chosen], held_out, seed, source)
+
+
+def apart(records: Records, private: Ints, held_out: float, seed: Seed, source: str) -> Split:
+    """Every class on every side; the records of these identities are private, all others public.
+
+    `held_out` is a fraction of the private ones, by class. Raises DataError if a class ends
+    without a record on some side.
+    """
+    mine = np.isin(records.identities, private)
+    shown, rest = records.take(np.flatnonzero(~mine)), records.take(np.flatnonzero(mine))
     kept = stratified(rest.labels, held_out, seed.child("split", "held_out"))
     split = Split(
         rest.take(np.flatnonzero(~kept)),

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -100,6 +100,25 @@ class Planted:
         return found | ({CANARY_CLIENTS: self.users} if self.users is not None else {})
 
 
+Sent = Literal["honest", "altered", "tainted"]
+"""A model as an honest server sends it; another one; one that follows honestly from altered ones
+or has a dictated architecture, and so is neither."""
+
+
+@dataclass(frozen=True)
+class Noticed:
+    """What one client measured of the model it was sent in one round, and told no party.
+
+    detector: its kind. what: what was sent; ground truth. value: higher = more suspicious.
+    """
+
+    round: int
+    client: int
+    detector: str
+    value: float
+    what: Sent
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one training leaves behind.
@@ -109,7 +128,8 @@ class Outcome:
     step, which of these records it used, counted from 0. confided: what each client could tell of
     a recorded round if it colluded; an attack gets what its coalition tells. planted: an audit's
     canaries. mpc: what computing under MPC took, if the training did. service: what putting the
-    model into service showed, where it does not simply answer as it was trained.
+    model into service showed, where it does not simply answer as it was trained. noticed: what
+    careful clients measured of the models they were sent.
     """
 
     state: Mapping[str, Tensor]
@@ -124,6 +144,7 @@ class Outcome:
     planted: Planted = field(default_factory=Planted)
     mpc: MPCCost | None = None
     service: Rehearsal | None = None
+    noticed: tuple[Noticed, ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -176,9 +197,19 @@ class Deployment(Component):
         return ""
 
     @property
+    def malice_kinds(self) -> frozenset[str]:
+        """Kinds of what all malicious parties do here."""
+        return frozenset({self.malice_kind} if self.malice_kind else ())
+
+    @property
     def alters(self) -> str:
         """What a malicious party changes, in a few words."""
         return ""
+
+    @property
+    def watched(self) -> bool:
+        """Whether clients measure what they are sent; `Outcome.noticed` then has it."""
+        return False
 
     @property
     def audits(self) -> frozenset[str]:

@@ -5,6 +5,7 @@ transcripts.json    every observation; its payload is a safetensors file in the 
 confided.json       what each client could tell as a colluder; payloads likewise
 canaries.json       what an audit planted, and its coins: for metrics only
 outcome.json        utility, cost, claims, flags, and what MPC took
+noticed.json        what careful clients measured, where they did
 truth.json          the rows behind each (round, client): for metrics only
 """
 
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmi.deployments.base import Cost, Outcome, Planted, Utility
+from fedmi.deployments.base import Cost, Noticed, Outcome, Planted, Utility
 from fedmi.exposure.claim import PrivacyClaim
 from fedmi.exposure.observation import Observation, Transcript
 from fedmi.exposure.opening import Confided
@@ -31,6 +32,7 @@ from fedmi.protections.audit.canaries import GradientCanaries
 MODEL, TRANSCRIPTS = "model.safetensors", "transcripts.json"
 CONFIDED, PLANTED = "confided.json", "canaries.json"
 OUTCOME, TRUTH = "outcome.json", "truth.json"
+NOTICED = "noticed.json"
 
 
 def save(outcome: Outcome, directory: Path) -> None:
@@ -53,6 +55,8 @@ def save(outcome: Outcome, directory: Path) -> None:
         [confided_out(c, files.path(c.tensors)) for c in outcome.confided],
     )
     write(directory / PLANTED, _planted_out(outcome.planted))
+    if outcome.noticed:
+        write(directory / NOTICED, [asdict(one) for one in outcome.noticed])
     write(
         directory / OUTCOME,
         {
@@ -100,7 +104,12 @@ def load(directory: Path) -> Outcome:
         confided=tuple(confided_in(item, directory) for item in read(directory / CONFIDED)),
         planted=_planted_in(read(directory / PLANTED)),
         mpc=computed_in(outcome["mpc"]),
+        noticed=_noticed_in(directory / NOTICED),
     )
+
+
+def _noticed_in(path: Path) -> tuple[Noticed, ...]:
+    return tuple(Noticed(**item) for item in read(path)) if path.is_file() else ()
 
 
 def confided_out(told: Confided, payload: str) -> dict[str, object]:

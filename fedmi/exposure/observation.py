@@ -9,6 +9,10 @@ from fedmi.exposure.device import Device
 from fedmi.exposure.service import Service
 from fedmi.exposure.words import Channel, Position
 
+OWN_NUMBER, OWN_SEED, OWN_LABEL = "own/client", "own/seed", "own/records/"
+"""Beside the global models of a malicious client: which client it is, its own seed, and, with a
+label behind, how many records of that label it holds."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -18,7 +22,8 @@ class Observation:
     round r; the finished model has round R + 1. `payload` holds named tensors: the parameters
     that crossed (a state dict), or the gradient by parameter name on channel `gradient`.
     `clear` holds the scalars that travelled in clear beside it (num_examples, metrics); for an
-    aggregate, num_examples is the sum and num_examples/CLIENT a client's own, where known.
+    aggregate, num_examples is the sum and num_examples/CLIENT a client's own, where known. With
+    own/ before its name it never travelled: what the observer knows of itself.
     `averages`: for an aggregate, the channel of the items it is the mean of.
     """
 
@@ -46,6 +51,12 @@ class Transcript:
     observations: tuple[Observation, ...] = ()
     service: Service | None = None
     device: Device | None = None
+
+    @property
+    def own(self) -> Mapping[str, float]:
+        """What the observer knows of itself, by the names above; empty where it told nothing."""
+        told = (seen.clear for seen in self.observations if OWN_NUMBER in seen.clear)
+        return next(told, {})
 
     def on(self, channel: Channel, rounds: Iterable[int] | None = None) -> tuple[Observation, ...]:
         """The observations on one channel, in order; of the given rounds only, if given."""

@@ -59,7 +59,8 @@ class Column(BaseModel):
     """One column of a table.
 
     levels: the names of a categorical column, which takes one entry each (one-hot); none = a
-    number, one entry, scaled from [low, high] to [0, 1].
+    number, one entry, scaled from [low, high] to [0, 1]. deviation: the published standard
+    deviation of a number, in its own units; 0 = not told.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,10 +69,16 @@ class Column(BaseModel):
     levels: tuple[str, ...] = ()
     low: float = 0.0
     high: float = 1.0
+    deviation: float = Field(default=0.0, ge=0)
 
     @property
     def width(self) -> int:
         return max(1, len(self.levels))
+
+    @property
+    def scaled_deviation(self) -> float:
+        """Standard deviation of a number scaled to [0, 1]; that of a uniform one if not told."""
+        return self.deviation / (self.high - self.low) if self.deviation else 12**-0.5
 
 
 class Table(SchemaBase):

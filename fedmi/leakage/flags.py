@@ -89,6 +89,14 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "where it stopped. A low figure here speaks of the search, not of the deployment.",
         "search_diverged": "The loss of the search was never a finite number. A grey image stands "
         "for the answer.",
+        "lengths_guessed": "How many tokens each sentence has did not follow from the update, and "
+        "was taken from what fits best, or to be as many as the longest has.",
+        "token_table_held": "Local steps were simulated with the vectors of tokens held still, "
+        "where clients train them too.",
+        "token_set_not_visible": "No row of the embedding table's gradient stands out, so the "
+        "tokens of the batch could not be told from the rest of the vocabulary.",
+        "more_tokens_than_places": "More rows of the embedding table's gradient stand out than the "
+        "sentences have places for; the longest were kept.",
         "dropout_masks_unknown": "Clients trained with dropout, whose masks only they know. The "
         "attack simulates training without them, and so is weaker than one that guesses them.",
         "false_knowledge": "The attack was made to believe something of the local training that is "
@@ -208,6 +216,17 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "answer, so what it returned for it is a guess of its prior.",
         "constant_answers": "Every query got the same answer, so that the attack had nothing to "
         "climb.",
+        "noticed": "Careful clients would have noticed what the malicious server sent: each "
+        "detector named detects it in more than half of the cases (client, altered round, seed), "
+        "at a threshold that honest rounds cross as rarely as is said. Clients here only measure; "
+        "none of them refused to train.",
+        "unnoticed": "No detector of this deployment detects what the malicious server sent in "
+        "more than half of the cases. The best one is named. That is no proof that it cannot be "
+        "noticed: another check might.",
+        "few_honest_measurements": "Fewer than 100 distinct honest measurements to set the "
+        "threshold of a detector by (their number is given), too few for a rate of false alarms of "
+        "1 %. The threshold is the largest of them. More rounds, clients or seeds of an honest "
+        "deployment with the same detectors would help.",
         "few_seeds": "Fewer than three seeds. The interval covers the choice of targets, not "
         "another training run, nor another device with faults of its own.",
     }

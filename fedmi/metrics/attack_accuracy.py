@@ -16,6 +16,7 @@ class AttackAccuracyTop1(SampleMetric):
     kind: Literal["attack_accuracy_top1"] = "attack_accuracy_top1"
     paper = "Zhang et al.: The Secret Revealer. CVPR 2020"
 
+    schemas = frozenset({"pixels", "table", "text"})
     higher_is_leakier = True
 
     def each(self, samples: Tensor, matched: Matched, judge: Judge) -> Tensor:
@@ -31,6 +32,7 @@ class AttackAccuracyTop5(SampleMetric):
     kind: Literal["attack_accuracy_top5"] = "attack_accuracy_top5"
     paper = AttackAccuracyTop1.paper
 
+    schemas = frozenset({"pixels", "table", "text"})
     higher_is_leakier = True
 
     def defined(self, shape: tuple[int, int, int], classes: int) -> bool:

@@ -20,6 +20,7 @@ class FeatureDistance(SampleMetric):
     kind: Literal["feature_distance"] = "feature_distance"
     paper = "Zhang et al.: The Secret Revealer. CVPR 2020"
 
+    schemas = frozenset({"pixels", "table", "text"})
     higher_is_leakier = False
 
     def each(self, samples: Tensor, matched: Matched, judge: Judge) -> Tensor:

@@ -85,8 +85,9 @@ def train_judge(
 ) -> Judge:
     """Train an evaluator of architecture `spec` on the private records, and fill its gallery.
 
-    Adam with a one-cycle rate over random shifts, brightness, contrast and noise. The held-out
-    records only measure it. Raises ValueError when a private class has no record.
+    Adam with a one-cycle rate over random shifts, brightness, contrast and noise; over sentences
+    as they are. The held-out records only measure it. Raises ValueError when a private class has
+    no record.
     """
     private = split.private
     inputs, labels = torch.from_numpy(private.inputs), torch.from_numpy(private.labels)
@@ -94,7 +95,8 @@ def train_judge(
     if missing:
         raise ValueError(f"the judge needs private records of every class; none of {missing}")
     evaluator = spec.build(private.shape, split.classes, seed.child("weights"))
-    _train(evaluator, inputs, labels, seed.child("training").torch(), progress)
+    augment = _as_is if private.schema.kind == "text" else _augment
+    _train(evaluator, inputs, labels, augment, seed.child("training").torch(), progress)
     evaluator.eval()
     gallery, identities = _gallery(evaluator, private, split.public)
     held_out = torch.from_numpy(split.held_out.inputs), torch.from_numpy(split.held_out.labels)
@@ -111,6 +113,7 @@ def _train(
     evaluator: nn.Module,
     inputs: Tensor,
     labels: Tensor,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
     generator: torch.Generator,
     progress: Callable[[float], None],
 ) -> None:
@@ -123,13 +126,17 @@ def _train(
             rows = torch.randperm(len(labels), generator=generator)
         index, rows = rows[:size], rows[size:]
         loss = cross_entropy(
-            evaluator(_augment(inputs[index], generator)), labels[index], label_smoothing=0.1
+            evaluator(augment(inputs[index], generator)), labels[index], label_smoothing=0.1
         )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         progress((step + 1) / STEPS)
+
+
+def _as_is(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    return inputs
 
 
 def _augment(inputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from fedmi.leakage.files import rows_of
 from fedmi.leakage.row import LeakageRow
 from fedmi.leakage.trial import MetricInfo
 from fedmi.mpc.cost import MPCCost
+from fedmi.report.readable import Reading
 from fedmi.scenario.reported import Reported
 
 Image = NDArray[np.float32]
@@ -85,6 +86,29 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class ReadRow:
+    """One target's records in words; `label` is the class, in words."""
+
+    target: str
+    label: str
+    private: Reading
+    reconstruction: Reading
+    prior_only: Reading
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What a `Panel` is for pictures: reconstructions of sentences or rows of a table."""
+
+    deployment: str
+    position: str
+    channel: str
+    attack: str
+    seed: int
+    rows: tuple[ReadRow, ...]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """One run, as the report shows it.
 
@@ -95,7 +119,8 @@ class ReportData:
     what was computed under MPC. notes: sentences printed under the answer. held_out: records that
     accuracy was measured on, over all seeds, by deployment. tradeoff, equal_utility: as
     `leakage.tradeoff` and `leakage.equal_utility` make them. served: where a model does not simply
-    answer as it was trained. reported: published figures.
+    answer as it was trained. reported: published figures. detection: what careful
+    clients would have noticed, as `leakage.detection` makes it.
     """
 
     scenario: str
@@ -112,6 +137,7 @@ class ReportData:
     beside: Mapping[str, tuple[Beside, ...]] = field(default_factory=dict)
     secured: tuple[Secured, ...] = ()
     panels: tuple[Panel, ...] = ()
+    readings: tuple[Readings, ...] = ()
     judge_accuracy: Mapping[int, float] | None = None
     notes: tuple[str, ...] = ()
     held_out: Mapping[str, int] = field(default_factory=dict)
@@ -119,6 +145,7 @@ class ReportData:
     equal_utility: pd.DataFrame = field(default_factory=pd.DataFrame)
     served: tuple[Served, ...] = ()
     reported: tuple[Reported, ...] = ()
+    detection: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @cached_property
     def rows(self) -> tuple[LeakageRow, ...]:

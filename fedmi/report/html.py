@@ -1,6 +1,7 @@
 """The report as one HTML file: no script, nothing loaded from elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import jinja2
 from markupsafe import Markup
@@ -8,9 +9,9 @@ from markupsafe import Markup
 from fedmi.leakage.flags import explain, name_of
 from fedmi.leakage.row import LeakageRow, split
 from fedmi.mpc.profiles import PROFILES
-from fedmi.report import plots, serving, tradeoff, words
+from fedmi.report import detection, plots, serving, tradeoff, words
 from fedmi.report.best import Spot, cells, headlines
-from fedmi.report.data import Panel, ReportData
+from fedmi.report.data import Panel, Readings, ReportData
 from fedmi.report.images import data_uri
 from fedmi.report.matrix import all_spots, deployments, grouped, matrices, sees
 from fedmi.report.mpc import section
@@ -19,6 +20,7 @@ from fedmi.report.reported import lines
 from fedmi.report.trade_plots import PREFIX
 
 KINDS = ("private", "reconstruction", "prior_only")
+P = TypeVar("P", Panel, Readings)
 _PANEL = ("deployment", "position", "channel", "attack", "seed")
 
 
@@ -48,13 +50,15 @@ def render(report: ReportData) -> str:
         networks=[profile.title for profile in PROFILES],
         headline_metrics={row.metric for row in headlines(report.rows, _kinds(report))},
         grouped=grouped,
-        panels=_panels(report),
+        panels=_scored(report, report.panels),
+        readings=_scored(report, report.readings),
         plots=drawn,
         tradeoff=tradeoff.section(report),
         trade_plots={
             n.removeprefix(PREFIX): svg for n, svg in drawn.items() if n.startswith(PREFIX)
         },
         serving=serving.section(report),
+        detection=detection.lines(report),
         reported=lines(report),
         install="" if plots.available() else plots.INSTALL,
         flags=_flags(report),
@@ -116,12 +120,12 @@ def _panel_scores(report: ReportData) -> dict[tuple[object, ...], str]:
     return found
 
 
-def _panels(report: ReportData) -> list[tuple[Panel, list[str]]]:
+def _scored(report: ReportData, panels: Sequence[P]) -> list[tuple[P, list[str]]]:
     """Each panel with the scores of its rows; no scores where none of its targets has any."""
     scores = _panel_scores(report)
-    found = []
-    for panel in report.panels:
-        key = tuple(getattr(panel, name) for name in _PANEL)
+    found: list[tuple[P, list[str]]] = []
+    for panel in panels:
+        key: tuple[object, ...] = tuple(getattr(panel, name) for name in _PANEL)
         lines = [scores.get((*key, row.target), "") for row in panel.rows]
         found.append((panel, lines if any(lines) else []))
     return found

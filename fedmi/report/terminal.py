@@ -15,8 +15,10 @@ from fedmi.leakage.row import LeakageRow, split
 from fedmi.leakage.trial import MetricInfo
 from fedmi.report.best import headlines
 from fedmi.report.data import ReportData, Secured
+from fedmi.report.detection import detection_text
 from fedmi.report.mpc import opening
 from fedmi.report.mpc_costs import said
+from fedmi.report.read_text import readings_text
 from fedmi.report.reported import reported_text
 from fedmi.report.serving import served_text
 from fedmi.report.tradeoff import tradeoff_text
@@ -57,6 +59,8 @@ def under_the_table(report: ReportData) -> list[Text]:
     """What goes under the table: nothing of what the run does not have."""
     found = (
         tradeoff_text(report),
+        readings_text(report),
+        detection_text(report),
         reported_text(report),
         served_text(report.served),
         secured_text(report.secured) if report.secured else None,

@@ -1,6 +1,7 @@
 """What an attack goes for, and what its position, its grants and its coalition know."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from fedmi.deployments.base import Deployment, Outcome, Planted, Steps
 from fedmi.deployments.serving.base import ANSWERS
 from fedmi.exposure.claim import PrivacyClaim
 from fedmi.exposure.knowledge import Knowledge, Target, View
-from fedmi.exposure.observation import Observation, Transcript
+from fedmi.exposure.observation import OWN_LABEL, OWN_NUMBER, Observation, Transcript
 from fedmi.exposure.opening import Confided, Opened, Opener
 from fedmi.exposure.recipe import Recipe
 from fedmi.exposure.seeding import Seed
@@ -21,6 +22,7 @@ from fedmi.exposure.words import Channel, Fact, Position
 from fedmi.mpc.opening import RECORDED
 from fedmi.runs.training import split_of, trained_of
 from fedmi.scenario.cells import AttackCell, TrainingCell
+from fedmi.scenario.threat import inside
 
 PLANTED_RECORDS = "planted records"
 
@@ -38,7 +40,9 @@ def targets_of(
     """One target for each observation asked for, or for each class of the model.
 
     A batch in which no record was drawn is no target. A coalition on an aggregate goes for the
-    clients that are not in it; on a client's own item, for that client.
+    clients that are not in it; on a client's own item, for that client. A client never goes for
+    its own records: in an average that it is part of it is one of the coalition, and a malicious
+    one leaves out the classes of its own records unless the attack names them.
     """
     found = attack.own_targets(transcript)
     if attack.reads_answers:
@@ -46,7 +50,9 @@ def targets_of(
     if attack.recovers == "membership":
         return tuple(t for t in found or () if t.id in coins_of(outcome.planted)), {}
     if attack.inverts_classes:
-        found = tuple(Target(f"class {label}", label=label) for label in range(classes))
+        own = transcript.own
+        names = [label for label in range(classes) if f"{OWN_LABEL}{label}" not in own]
+        found = found or tuple(Target(f"class {label}", label=label) for label in names)
         parties = _parties(attack, outcome, seed)
         return found, {target.id: parties for target in found} if attack.colluders else {}
     if found is None and attack.position == Position.DEALER:
@@ -56,7 +62,7 @@ def targets_of(
             batch(seen.round, seen.clients) for seen in transcript.on(attack.channel, attack.rounds)
         )
     told: dict[str, tuple[Confided, ...]] = {}
-    if attack.colluders:
+    if attack.colluders or inside(attack):
         pairs = [_coalition(attack, t, transcript, outcome, seed) for t in found]
         found = tuple(target for target, _ in pairs)
         told = {target.id: members for target, members in pairs}
@@ -117,14 +123,27 @@ def _coalition(
         return target, _parties(attack, outcome, seed)
     clients = [c for c in outcome.confided if c.position == Position.CLIENT]
     here = {c.client: c for c in clients if c.round == target.round}
-    if len(target.clients) == 1:
-        others = sorted(set(here) - set(target.clients))
+    own = _itself(attack, target, transcript)
+    if len(target.clients) == 1 and not (own and attack.own_targets(transcript) is None):
+        others = sorted(set(here) - {*target.clients, *own})
         members = _drawn(others, min(attack.colluders, len(others)), seed.child(target.id))
-        return target, tuple(here[client] for client in members)
-    most = min(attack.colluders, len(target.clients) - 1)
-    members = _drawn(list(target.clients), most, seed.child(target.id))
+        left = replace(target, clients=tuple(c for c in target.clients if c not in own))
+        return left, tuple(here[client] for client in (*own, *members))
+    others = [client for client in target.clients if client not in own]
+    most = min(attack.colluders, len(others) - 1)
+    members = (*own, *_drawn(others, max(0, most), seed.child(target.id)))
     rest = tuple(client for client in target.clients if client not in members)
     return batch(target.round or 0, rest), tuple(here[client] for client in members)
+
+
+def _itself(attack: Attack, target: Target, transcript: Transcript) -> tuple[int, ...]:
+    """Which client of the average the adversary is, where it is one."""
+    if not inside(attack):
+        return ()
+    if OWN_NUMBER in transcript.own:
+        return (int(transcript.own[OWN_NUMBER]),)
+    (seen,) = transcript.on(attack.channel, [target.round or 0])
+    return (min(seen.clients),)
 
 
 def _parties(attack: Attack, outcome: Outcome, seed: Seed) -> tuple[Confided, ...]:

@@ -47,6 +47,7 @@ from fedmi.runs.training import (
     training_split,
 )
 from fedmi.scenario.cells import AttackCell, TrainingCell
+from fedmi.scenario.threat import inside
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,11 @@ def flags(real: Assault, prior: Assault) -> Found:
 
 def short_of(attack: Attack, targets: tuple[Target, ...], told: Coalition) -> Found:
     """Rounds in which fewer clients could collude than the scenario asks for."""
+    members = attack.colluders + inside(attack)
     return {
         (target.round or 0, "fewer_colluders_than_asked")
         for target in targets
-        if len({item.client for item in told.get(target.id, ())}) < attack.colluders
+        if len({item.client for item in told.get(target.id, ())}) < members
     }
 
 

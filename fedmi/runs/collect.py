@@ -2,25 +2,29 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 
 import pandas as pd
 
+from fedmi.attacks.base import Attack
 from fedmi.deployments.base import Outcome
 from fedmi.exposure.claim import PrivacyClaim
 from fedmi.exposure.words import Position
+from fedmi.leakage.detection import detection_flags, detections_of
 from fedmi.leakage.files import write_frame
 from fedmi.leakage.table import costs_frame, leakage_frame, scores_frame
 from fedmi.leakage.trial import MetricInfo, Score, Trial
 from fedmi.metrics.base import Metric
 from fedmi.report.data import ReportData, Secured
 from fedmi.runs.aims import claims_for
+from fedmi.runs.detection import detection_of
 from fedmi.runs.directory import RunDirectory, read_marker
 from fedmi.runs.report import report_data, write_report
 from fedmi.runs.training import exposed
 from fedmi.scenario.cells import AttackCell, Plan
+from fedmi.scenario.threat import inside
 
 NOT_RUN = "not run yet: the run was interrupted; the same command finishes it"
 
@@ -50,7 +54,11 @@ def publish(
 ) -> Results:
     """Write scores, leakage table, figures and report from the finished cells of the plan."""
     reasons = _kept_failures(directory) if failures is None else failures
-    trials = [trial_of(cell, todo.scenario.name, directory, reasons) for cell in todo.attacks]
+    detection = detection_of(todo, directory)
+    trials = [
+        _with_detection(trial_of(cell, todo.scenario.name, directory, reasons), detection)
+        for cell in todo.attacks
+    ]
     metrics = metric_infos(todo)
     scores, costs, leakage = (
         scores_frame(trials),
@@ -60,7 +68,12 @@ def publish(
     for name, frame in (("scores", scores), ("leakage", leakage), ("costs", costs)):
         write_frame(frame, directory.path / f"{name}.parquet")
     write_frame(leakage, directory.path / "leakage.csv")
-    data = report_data(todo, directory, leakage, scores, costs, metrics)
+    data = replace(
+        report_data(todo, directory, leakage, scores, costs, metrics), detection=detection
+    )
+    if any(cell.deployment.watched for cell in todo.trainings):
+        for suffix in ("parquet", "csv"):
+            write_frame(detection, directory.path / f"detection.{suffix}")
     for name, frame in (("tradeoff", data.tradeoff), ("equal_utility", data.equal_utility)):
         write_frame(frame, directory.path / f"{name}.parquet")
     write_report(data, directory)
@@ -105,7 +118,7 @@ def trial_of(
         channel=cell.attack.channel,
         attack=cell.attack_title,
         seed=training.seed,
-        knowledge=(*sorted(granted), *_coalition(cell.attack.colluders), *_altered(cell)),
+        knowledge=(*sorted(granted), *_coalition(cell.attack), *_altered(cell)),
         targets_asked=marker.get("targets_asked", 0),
         utility=outcome.accuracy if outcome else nan,
         trained_utility=outcome.utility.accuracy if outcome else nan,
@@ -128,6 +141,14 @@ def trial_of(
         scores=read_scores(folder) if finished else (),
         failure=None if finished else failures.get(cell.key, NOT_RUN),
     )
+
+
+def _with_detection(trial: Trial, detection: pd.DataFrame) -> Trial:
+    """Says on the rows of a malicious server whether clients would have noticed."""
+    if trial.position != Position.MALICIOUS_SERVER:
+        return trial
+    here = [one for one in detections_of(detection) if one.deployment == trial.deployment]
+    return replace(trial, flags=(*trial.flags, *detection_flags(here)))
 
 
 def wire_bytes(outcome: Outcome) -> int:
@@ -164,8 +185,11 @@ def _altered(cell: AttackCell) -> tuple[str, ...]:
     return (f"alters: {alters}",) if alters and active else ()
 
 
-def _coalition(colluders: int) -> tuple[str, ...]:
-    return (f"colluders = {colluders}",) if colluders else ()
+def _coalition(attack: Attack) -> tuple[str, ...]:
+    """Whose part of an average is known: the adversary's own, and its colluders'."""
+    count = attack.colluders
+    others = (f"colluders = {count}",) if count else ()
+    return (*others, "own update") if inside(attack) else others
 
 
 def _outcome(cell: AttackCell, directory: RunDirectory) -> Outcome | None:

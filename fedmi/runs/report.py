@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,24 +12,20 @@ from torch import Tensor
 from fedmi.data.truth import Truth
 from fedmi.deployments import saved, saved_service
 from fedmi.deployments.serving.base import Rehearsal, Trained
-from fedmi.exposure.knowledge import Target
 from fedmi.exposure.observation import Transcript
-from fedmi.exposure.payload import StoredTensors
 from fedmi.exposure.words import Position
 from fedmi.leakage.equal_utility import equal_utility_frame
 from fedmi.leakage.tradeoff import tradeoff_frame
 from fedmi.leakage.trial import MetricInfo
-from fedmi.metrics.base import Matched
-from fedmi.metrics.matching import match
 from fedmi.mpc.cost import MPCCost
 from fedmi.report.data import Beside, Image, Panel, PanelRow, ReportData, Secured, Served
 from fedmi.report.figures import figures
 from fedmi.report.html import render
 from fedmi.runs.directory import RunDirectory, read_marker, replace_text
+from fedmi.runs.readings import readings, shown_records
 from fedmi.runs.training import split_of
 from fedmi.scenario.cells import AttackCell, Plan
 
-PANEL_ROWS = 6
 SERVERS = (Position.CURIOUS_SERVER, Position.MALICIOUS_SERVER)
 
 
@@ -71,6 +66,7 @@ def report_data(
         served=served(todo, directory),
         reported=scenario.reported,
         panels=tuple(panels(todo, directory)),
+        readings=tuple(readings(todo, directory)),
         judge_accuracy={
             judge.seed: read_marker(directory.cell(judge.key))["accuracy"]
             for judge in todo.judges
@@ -215,41 +211,20 @@ def panels(todo: Plan, directory: RunDirectory) -> Iterator[Panel]:
 
 
 def panel_rows(cell: AttackCell, directory: RunDirectory) -> Iterator[PanelRow]:
-    """The first targets, one record each; of a single target, its first records.
-
-    Records come in the order of the truth, so no row is picked for looking good.
-    """
-    folder = directory.cell(cell.key)
-    targets = read_targets(folder)
-    used = saved.load(directory.cell(cell.training.key)).used
-    truth = Truth(split_of(cell.training), used)
-    each = max(1, PANEL_ROWS // len(targets)) if targets else 0
-    for number, target in enumerate(targets[:PANEL_ROWS]):
-        ours, theirs = (
-            _matched(folder / f"{name}.safetensors", number, target, truth)
-            for name in ("reconstructions", "prior_only")
-        )
-        if ours.samples is None or theirs.samples is None or min(ours.references.shape[2:]) < 2:
+    """The first targets, one record each; of a single target, its first records."""
+    truth = Truth(split_of(cell.training), saved.load(directory.cell(cell.training.key)).used)
+    for target, row, ours, theirs in shown_records(directory.cell(cell.key), truth):
+        if ours.schema.kind != "pixels" or min(ours.references.shape[2:]) < 2:
             return
-        for row in range(min(each, len(ours.references))):
-            yield PanelRow(
-                target.id,
-                f"class {int(ours.labels[row])}",
-                _image(ours.references[row]),
-                _image(ours.samples[row]),
-                _image(theirs.samples[row]),
-            )
-
-
-def _matched(path: Path, number: int, target: Target, truth: Truth) -> Matched:
-    tensors = StoredTensors(path)
-    samples, labels = (tensors.get(f"{number}.{name}") for name in ("samples", "labels"))
-    return match(samples, labels, target, truth)
-
-
-def read_targets(folder: Path) -> list[Target]:
-    found = read_marker(folder)["targets"]
-    return [Target(**{**target, "clients": tuple(target["clients"])}) for target in found]
+        assert ours.samples is not None
+        assert theirs.samples is not None
+        yield PanelRow(
+            target.id,
+            f"class {int(ours.labels[row])}",
+            _image(ours.references[row]),
+            _image(ours.samples[row]),
+            _image(theirs.samples[row]),
+        )
 
 
 def _image(tensor: Tensor) -> Image:

@@ -27,7 +27,7 @@ from fedmi.scenario.schema import (
     Scenario,
 )
 from fedmi.scenario.sweep import Point, expand
-from fedmi.scenario.threat import applies, problems, reads_model
+from fedmi.scenario.threat import applies, inside, problems, reads_model
 
 Twin = Literal["none", "disjoint", "relabelled", "recoined"]
 
@@ -239,7 +239,7 @@ def recorded(points: tuple[Point, ...]) -> dict[str, Recording]:
             for twin in ("none", twin_of(attack)):
                 asked = record[_bare(point, index, seed, twin).key]
                 asked.rounds |= rounds_of(attack)
-                asked.confide |= attack.colluders > 0
+                asked.confide |= attack.colluders > 0 or inside(attack)
     return record
 
 

@@ -25,7 +25,7 @@ AnyMetric = Annotated[Metric, OneOf("fedmi.metrics")]
 SeedNumber = Annotated[int, Field(ge=0)]
 T = TypeVar("T")
 
-PRIMARY = ("psnr", "attack_accuracy_top1", "label_recovery_rate")
+PRIMARY = ("psnr", "rouge_l", "token_accuracy", "attack_accuracy_top1", "label_recovery_rate")
 """Metrics that tables show first unless the scenario says otherwise."""
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from fedmi.attacks.base import Attack
 from fedmi.data.dataset import Card
 from fedmi.deployments.base import Deployment
+from fedmi.deployments.federated.schedule import sample_size
 from fedmi.exposure.knowledge import View
 from fedmi.exposure.words import PER_ROUND, Channel, Fact, Position
 from fedmi.scenario.errors import choice, listed
@@ -15,6 +16,7 @@ COALITIONS = frozenset(
         Position.CURIOUS_SERVER,
         Position.MALICIOUS_SERVER,
         Position.CLIENT,
+        Position.MALICIOUS_CLIENT,
         Position.COMPUTE_PARTY,
         Position.DEALER,
     }
@@ -29,8 +31,17 @@ def view(attack: Attack, deployment: Deployment) -> View | None:
 def applies(attack: Attack, deployment: Deployment) -> bool:
     named = not attack.deployments or deployment.name in attack.deployments
     planted = attack.recovers != "membership" or attack.kind in deployment.audits
-    exposed = not attack.exploits or deployment.malice_kind in attack.exploits
+    exposed = not attack.exploits or bool(deployment.malice_kinds & attack.exploits)
     return named and planted and exposed and view(attack, deployment) is not None
+
+
+def inside(attack: Attack) -> bool:
+    """Whether it reads averages that its own update is part of: it takes that off by nature.
+
+    A `client` is the first of those in the average; the `malicious_client` is itself.
+    """
+    member = attack.position in (Position.CLIENT, Position.MALICIOUS_CLIENT)
+    return member and attack.channel == Channel.AGGREGATE and attack.recovers != "membership"
 
 
 def reads_model(attack: Attack, scenario: Scenario) -> bool:
@@ -142,10 +153,11 @@ def _exploits(attack: Attack, scenario: Scenario) -> Iterator[str]:
     asked = [
         d for d in scenario.deployment if not attack.deployments or d.name in attack.deployments
     ]
-    honest = [d for d in asked if attack.exploits and d.malice_kind not in attack.exploits]
+    honest = [d for d in asked if attack.exploits and not d.malice_kinds & attack.exploits]
     if honest and (attack.deployments or len(honest) == len(asked)):
+        what = "an intruder" if attack.position == Position.MALICIOUS_CLIENT else "a malice"
         yield (
-            f"needs a malice of kind {_words(attack.exploits)} in "
+            f"needs {what} of kind {_words(attack.exploits)} in "
             f"{listed([deployment.name for deployment in honest])}"
         )
 
@@ -204,6 +216,8 @@ def _scores(attack: Attack, scenario: Scenario) -> Iterator[str]:
 
 def _coalition(attack: Attack, scenario: Scenario) -> Iterator[str]:
     """Colluders where nobody can collude, or more of them than there are others."""
+    if inside(attack):
+        yield from _company(attack, scenario)
     if not attack.colluders:
         return
     if attack.position in (Position.COMPUTE_PARTY, Position.DEALER):
@@ -219,6 +233,20 @@ def _coalition(attack: Attack, scenario: Scenario) -> Iterator[str]:
         others = clients - 1 if isinstance(clients, int) else 0
         if applies(attack, deployment) and attack.colluders > others:
             yield f'colluders = {attack.colluders}, but "{deployment.name}" has {others} others'
+
+
+def _company(attack: Attack, scenario: Scenario) -> Iterator[str]:
+    """A client in an average of nobody but itself and its colluders."""
+    for deployment in scenario.deployment:
+        clients, fraction = (getattr(deployment, name, 0) for name in ("clients", "fraction"))
+        asked = sample_size(clients, fraction)
+        if applies(attack, deployment) and asked < attack.colluders + 2:
+            with_them = f" and its {attack.colluders} colluders" if attack.colluders else ""
+            yield (
+                f'position = "{attack.position}" is itself one of the {asked} clients that '
+                f'"{deployment.name}" asks a round: its own update{with_them} taken off, the '
+                "aggregate holds nobody else; ask more clients"
+            )
 
 
 def _parties(attack: Attack, scenario: Scenario) -> Iterator[str]:

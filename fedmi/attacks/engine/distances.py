@@ -9,13 +9,17 @@ from torch import Tensor
 LEAST = 1e-15
 """Length below which a vector has no direction."""
 Parts = Mapping[str, Tensor]
-Distance = Literal["cosine", "l2", "l1"]
+SILENT = 1e-6
+"""Share of the whole length below which a tensor's direction is rounding."""
+Distance = Literal["cosine", "l2", "l1", "layer_cosine"]
 
 
 def aim(kind: Distance, wanted: Parts, support: Parts) -> dict[str, Tensor]:
     """What `distance_of` compares with: the wanted entries whose support is 1 (empty = all), as a
-    unit vector for the cosine."""
+    unit vector for the cosine, each tensor a unit vector for that by layer."""
     seen = {name: part * support[name] if support else part for name, part in wanted.items()}
+    if kind == "layer_cosine":
+        return _units(seen)
     if kind != "cosine":
         return seen
     length = norm(seen)
@@ -42,6 +46,29 @@ def cosine(found: Parts, aimed: Parts) -> Tensor:
     tensors = (*(found[name] for name in aimed), *aimed.values())
     distance: Tensor = _Cosine.apply(*tensors)[0]  # type: ignore[no-untyped-call]
     return distance
+
+
+def layer_cosine(found: Parts, aimed: Parts) -> Tensor:
+    """Mean over tensors of 1 - cos(found, aimed) (Balunovic et al., 2022, eq. 6); aimed: unit
+    vectors, zero for those left out."""
+    gaps, counted = list[Tensor](), list[Tensor]()
+    for name, unit in aimed.items():
+        there = unit.square().sum()
+        length = _length([found[name]]).clamp_min(LEAST**0.5)
+        gaps.append(there * (found[name] / length - unit).square().sum() / 2)
+        counted.append(there)
+    return torch.stack(gaps).sum() / torch.stack(counted).sum().clamp_min(1)
+
+
+def _units(parts: Parts) -> dict[str, Tensor]:
+    """Each tensor as a unit vector, and zero where it is nothing beside the others: what a softmax
+    is blind to, such as a bias of attention's keys, has a gradient of rounding."""
+    whole = norm(parts)
+    found = {}
+    for name, part in parts.items():
+        length = _length([part])
+        found[name] = part / length * (length > SILENT * whole)
+    return found
 
 
 class _Cosine(torch.autograd.Function):
@@ -126,4 +153,5 @@ KINDS: dict[Distance, Callable[[Parts, Parts], Tensor]] = {
     "cosine": cosine,
     "l2": squared,
     "l1": absolute,
+    "layer_cosine": layer_cosine,
 }

@@ -43,8 +43,9 @@ __all__ = ["GradientMatching", "Progress"]
 SCOUTING = 5
 """A search among label orders takes a fifth of the steps."""
 
-Alike = tuple[tuple[int, Plan], ...]
-"""Round and plan of all that a problem is matched to; problems that share them are one batch."""
+Alike = tuple[torch.Size, tuple[tuple[int, Plan], ...]]
+"""Shape of the starts, and round and plan of all that a problem is matched to; problems that share
+them are one batch."""
 
 
 class GradientMatching(Attack):
@@ -336,7 +337,7 @@ class GradientMatching(Attack):
         for row, problem in enumerate(problems):
             found = self.answer(problem, points[row], losses[row], matching.unknown)
             finite = bool(losses[row].isfinite().any())
-            answers.append(at_home(found if finite else diverged(found)))
+            answers.append(at_home(found if finite else diverged(found, case.knowledge.schema)))
         return answers
 
     def _scouted(
@@ -379,4 +380,5 @@ class GradientMatching(Attack):
 
 
 def _alike(problem: Problem) -> Alike:
-    return tuple((item.round, item.plan) for item in (problem.evidence, *problem.also))
+    seen = (problem.evidence, *problem.also)
+    return problem.starts.shape, tuple((item.round, item.plan) for item in seen)

@@ -108,7 +108,8 @@ class Matching:
         return penalty.given(problem.evidence, problem.labels[0], self.network)
 
     def _wanted(self, evidence: Evidence) -> Given:
-        return dict(evidence.gradient if self.work is None else evidence.descent)
+        seen = evidence.gradient if self.work is None else evidence.descent
+        return {name: seen[name] for name in self.network.parameters}
 
     def _units(self, objective: "MatchingObjective", problems: Sequence[Problem]) -> Tensor:
         """The distance of a grey image, of each problem."""

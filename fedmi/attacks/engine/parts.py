@@ -9,6 +9,7 @@ from torch import nn
 from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.matching import Problem
+from fedmi.exposure.schema import Schema
 
 Progress = Callable[[float], None]
 DIVERGED = "search_diverged"
@@ -38,12 +39,13 @@ def few(problem: Problem, at: int, size: int) -> Problem:
     return replace(problem, labels=problem.labels[rows], starts=problem.starts[rows], seed=seed)
 
 
-def diverged(found: Reconstruction) -> Reconstruction:
-    """Mid-grey in place of where a search began that nowhere had a finite loss."""
+def diverged(found: Reconstruction, schema: Schema) -> Reconstruction:
+    """What stands in for missing records, in place of where a search began that nowhere had a
+    finite loss."""
     assert found.samples is not None
     return replace(
         found,
-        samples=torch.full_like(found.samples, 0.5),
+        samples=schema.missing(tuple(found.samples.shape)),
         confidence=torch.full_like(found.confidence, -torch.inf),
         flags=found.flags | {DIVERGED},
     )

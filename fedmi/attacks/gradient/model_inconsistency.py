@@ -53,6 +53,7 @@ class ModelInconsistency(Inversion):
     channel: Literal[Channel.AGGREGATE] = Channel.AGGREGATE
 
     channels: ClassVar = frozenset({Channel.AGGREGATE})
+    exploits: ClassVar = frozenset({"model_inconsistency"})
 
     def own_targets(self, transcript: Transcript) -> tuple[Target, ...]:
         found = []

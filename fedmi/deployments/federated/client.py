@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -9,6 +10,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedmi.deployments.determinism import drawn_from, one_thread
+from fedmi.deployments.federated.intrusion import trained_on
+from fedmi.deployments.federated.noticing import answer, notice
 from fedmi.deployments.federated.plan import Plan
 from fedmi.deployments.federated.strategies.base import Contribution
 from fedmi.exposure import wire
@@ -47,6 +50,10 @@ def client_app(load: Callable[[Context], Plan]) -> ClientApp:
         told.update(wire.to_record({f"secret/{name}": t for name, t in secrets.items()}))
         return Message(RecordDict({wire.ARRAYS: told}), reply_to=message)
 
+    @app.query("noticed")
+    def noticed(message: Message, context: Context) -> Message:
+        return Message(answer(context), reply_to=message)
+
     @app.query("decrypt")
     def decrypt(message: Message, context: Context) -> Message:
         transport = load(context).transport
@@ -60,7 +67,8 @@ def client_app(load: Callable[[Context], Plan]) -> ClientApp:
             side = transport_side(plan, client, message, context)
             return plan.transport.respond(message, context, side)
         model = wire.to_tensors(wire.arrays_of(message))
-        sent = contribute(plan, client, wire.round_of(message), model)
+        notice(plan, client, wire.round_of(message), model, context)
+        sent = contribute(plan, client, wire.round_of(message), model, context)
         metrics = wire.metric_record(sent.examples, finite(sent.metrics))
         content = RecordDict({wire.ARRAYS: wire.to_record(sent.tensors), wire.METRICS: metrics})
         return Message(content, reply_to=message)
@@ -78,8 +86,9 @@ def transport_side(plan: Plan, client: int, message: Message, context: Context) 
     round = wire.round_of(message)
 
     def compute(model: Tensors) -> Update:
+        notice(plan, client, round, model, context)
         scalars = {key: float(v) for key, v in config.items() if isinstance(v, int | float)}
-        update = protected_update(plan, client, round, model, scalars)
+        update = protected_update(plan, client, round, model, scalars, context)
         if wire.KEEP in config:
             context.state.array_records[KEPT] = _kept(update, model)
         return update
@@ -95,10 +104,15 @@ def transport_side(plan: Plan, client: int, message: Message, context: Context) 
 
 
 def protected_update(
-    plan: Plan, client: int, round: int, model: Tensors, config: Mapping[str, float]
+    plan: Plan,
+    client: int,
+    round: int,
+    model: Tensors,
+    config: Mapping[str, float],
+    context: Context | None = None,
 ) -> Update:
     """The client's update as it leaves the update protections."""
-    sent = contribute(plan, client, round, model)
+    sent = contribute(plan, client, round, model, context)
     update = Update(
         tensors=_change(plan, model, sent.tensors),
         weight=float(sent.examples),
@@ -120,18 +134,23 @@ def protection_key(index: int, name: str) -> str:
     return f"protection-{index}-{name}"
 
 
-def contribute(plan: Plan, client: int, round: int, state: Tensors) -> Contribution:
+def contribute(
+    plan: Plan, client: int, round: int, state: Tensors, context: Context | None = None
+) -> Contribution:
     """One client's work in one round, from the global model it was given; DivergedError, or
-    ArchitectureRefusedError where it pins another architecture."""
+    ArchitectureRefusedError where it pins another architecture.
+
+    context: where a malicious client keeps its memory; without one, it is honest.
+    """
     _check_pinned(plan, state)
     model = plan.scratch
     model.load_state_dict(wire.like(state, model.state_dict()))
-    records = plan.private.take(plan.schedule.parts[client])
-    inputs, labels = torch.from_numpy(records.inputs), torch.from_numpy(records.labels)
-    steps = plan.schedule.steps(round, client)
     learner = plan.learner(round, client)
     with one_thread(), drawn_from(plan.schedule.client_seed(round, client).child("module")):
+        inputs, labels, steps = trained_on(plan, client, round, model, context)
         sent = plan.strategy.contribute(model, inputs, labels, steps, plan.work, learner)
+    own = len(plan.schedule.parts[client])
+    sent = replace(sent, examples=min(sent.examples, own))  # fakes are not owned up to
     for name, tensor in sent.tensors.items():
         if not torch.isfinite(tensor).all():
             raise DivergedError(f"'{name}' is no longer finite")

@@ -24,7 +24,9 @@ from fedmi.deployments.base import (
 from fedmi.deployments.federated import estimates
 from fedmi.deployments.federated.client import ArchitectureRefusedError, client_app
 from fedmi.deployments.federated.cohort import RUN
+from fedmi.deployments.federated.detectors.base import Detector
 from fedmi.deployments.federated.grid import open_grid
+from fedmi.deployments.federated.intruders.base import Intruder
 from fedmi.deployments.federated.malice.base import Malice
 from fedmi.deployments.federated.plan import Plan, Trained, server_position
 from fedmi.deployments.federated.schedule import Schedule, sample_size
@@ -55,7 +57,9 @@ class Federated(Deployment):
     reads all that reaches it. Position `client` is a client that is asked in every round: it
     sees each global model, and the aggregate where two global models tell it. With `tls = false`
     an eavesdropper reads the messages too: names and shapes of tensors and the number of
-    examples, which travel in clear, but not the architecture.
+    examples, which travel in clear, but not the architecture. Position `malicious_client` is the
+    `intruder`: it sees what a client sees, in every round in which it is asked, recorded or not.
+    Of a round in which it is both, `used` names the records it holds, not those it made up.
 
     Ground truth (`Outcome.used`) is kept for the recorded rounds.
     """
@@ -105,10 +109,16 @@ class Federated(Deployment):
     malice: Annotated[Malice, OneOf("fedmi.malice")] | None = Field(
         default=None, description="what the server, if malicious, does to the models it sends"
     )
+    intruder: Annotated[Intruder, OneOf("fedmi.intruders")] | None = Field(
+        default=None, description="what one client, if malicious, trains on"
+    )
     pin_architecture: bool = Field(
         default=False,
         description="clients refuse a model whose tensors are not those of [model]; a server so "
         "refused goes on with the honest one",
+    )
+    detectors: tuple[Annotated[Detector, OneOf("fedmi.detectors")], ...] = Field(
+        default=(), description="what every client measures of the models it is sent"
     )
     engine: Literal["fedmi", "flower"] = Field(
         default="fedmi", description="fedmi's own grid, or Flower's stock simulation"
@@ -125,6 +135,14 @@ class Federated(Deployment):
                 f"min_clients is {self.min_clients}, but a round asks {asked} clients "
                 f"(clients = {self.clients}, fraction = {self.fraction})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_a_kind(self) -> Self:
+        kinds = [detector.kind for detector in self.detectors]
+        twice = [kind for kind in kinds if kinds.count(kind) > 1]
+        if twice:
+            raise ValueError(f"detectors lists '{twice[0]}' twice; once is right")
         return self
 
     @model_validator(mode="after")
@@ -151,8 +169,17 @@ class Federated(Deployment):
         return self.malice.kind if self.malice else ""
 
     @property
+    def malice_kinds(self) -> frozenset[str]:
+        return frozenset(party.kind for party in (self.malice, self.intruder) if party)
+
+    @property
     def alters(self) -> str:
-        return self.malice.alters if self.malice else ""
+        told = [party.alters for party in (self.malice, self.intruder) if party]
+        return "; ".join(text for text in told if text)
+
+    @property
+    def watched(self) -> bool:
+        return bool(self.detectors)
 
     def builds(self, model: ModelSpec) -> ModelSpec:
         """What is trained; a client that pins the architecture has it honest."""
@@ -192,8 +219,12 @@ class Federated(Deployment):
             View(Position.MODEL_HOLDER, Channel.GLOBAL_MODEL, frozenset({Fact.ARCHITECTURE})),
             *self.serving.views(),
         ]
+        members = [Position.CLIENT]
+        if self.intruder:
+            members.append(Position.MALICIOUS_CLIENT)
+            seen.append(View(Position.MALICIOUS_CLIENT, Channel.GLOBAL_MODEL, client))
         if self.strategy.implies_aggregate:
-            seen.append(View(Position.CLIENT, Channel.AGGREGATE, client))
+            seen += [View(member, Channel.AGGREGATE, client) for member in members]
         if not self.tls:
             update_seen = () if parties else (update,)
             crossing = (*update_seen, *((Channel.GLOBAL_MODEL,) if open_server else ()))
@@ -280,6 +311,9 @@ class Federated(Deployment):
             )
         if self.malice is not None:
             found += [f"{self.malice.kind}: {why}" for why in self.malice.problems(setting)]
+        if self.intruder is not None:
+            wrong = self.intruder.problems(card, self.clients)
+            found += [f"intruder {self.intruder.kind}: {why}" for why in wrong]
         return found
 
     def estimate(self, card: Card, model: ModelSpec, recorded_rounds: int) -> Estimate:
@@ -319,13 +353,14 @@ class Federated(Deployment):
         )
         malice = None if honest else self.malice
         model = job.model if honest else self.dictated(job.model)
-        agreed = job.model.blueprint(private.shape, job.split.classes).state_dict()
+        honest_state = job.model.blueprint(private.shape, job.split.classes).state_dict()
+        agreed = {name: tuple(t.shape) for name, t in honest_state.items()}
         network = model.blueprint(private.shape, job.split.classes)
         records = tuple(len(part) for part in schedule.parts)
         setting = self.setting(network, recipe, records, schedule.participations, audit)
         if wrong := [w for p in self.protections for w in p.problems(setting)]:
             raise DeploymentError(f"'{self.name}': " + "; ".join(wrong))
-        return Plan(
+        plan = Plan(
             name=self.name,
             schedule=schedule,
             strategy=self.strategy,
@@ -338,16 +373,20 @@ class Federated(Deployment):
             skip_failed=self.failed_round == "skip",
             malice=malice,
             server=server_position(self.malice),
-            pinned={name: tuple(t.shape) for name, t in agreed.items()}
-            if self.pin_architecture
-            else None,
+            pinned=agreed if self.pin_architecture else None,
             public=job.split.public,
             encrypted=self.tls,
             record=job.record,
             confide=job.confide,
             planted=with_gradients(planted, setting),
             directory=job.directory,
+            agreed=agreed,
+            detectors=self.detectors,
+            intruder=self.intruder,
         )
+        if self.intruder and (why := self.intruder.misplaced(plan.intruder_labels, plan.classes)):
+            raise DeploymentError(f"'{self.name}': intruder {self.intruder.kind}: {why}")
+        return plan
 
     def train(self, job: Job) -> Outcome:
         if self.engine == "flower":
@@ -402,12 +441,15 @@ def outcome(
         flags=trained.flags | _told(plan),
         confided=trained.confided,
         planted=plan.planted,
+        noticed=trained.noticed,
     )
 
 
 def _told(plan: Plan) -> frozenset[str]:
     """Flags that follow from the plan."""
     found = {"eval_mode_client"} if plan.work.recipe.mode == "eval" else set()
+    if plan.intruder:
+        found |= plan.intruder.flags(plan.intruder_labels, plan.classes)
     return frozenset(found | ({f"architecture_refused: {plan.refusal}"} if plan.refusal else set()))
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedmi.data.records import Records
-from fedmi.deployments.base import Planted
+from fedmi.data.records import Ints, Records
+from fedmi.deployments.base import Noticed, Planted
+from fedmi.deployments.federated.detectors.base import Detector
+from fedmi.deployments.federated.intruders.base import Intruder
 from fedmi.deployments.federated.malice.base import Malice
 from fedmi.deployments.federated.schedule import Schedule
 from fedmi.deployments.federated.strategies.base import StrategySpec
@@ -38,7 +40,9 @@ class Plan:
     the round. skip_failed: a failed round leaves the model as it is; else it ends the training.
     planted: an audit's canaries. malice: what a malicious server does to the models it sends.
     server: who runs it. pinned: name -> shape of the only tensors clients take for a model; None =
-    they take what they are sent. public: the adversary's own records.
+    they take what they are sent. public: the adversary's own records. agreed: name -> shape of the
+    architecture that all agreed on; detectors: what every client measures of what it is sent.
+    intruder: what a malicious client does.
     encrypted: nobody but server and clients reads the messages.
     """
 
@@ -61,6 +65,9 @@ class Plan:
     confide: bool
     planted: Planted
     directory: Path
+    agreed: Mapping[str, tuple[int, ...]]
+    detectors: tuple[Detector, ...] = ()
+    intruder: Intruder | None = None
     refusal: str = ""
     """Why clients refused what the server wanted at first."""
 
@@ -77,6 +84,17 @@ class Plan:
         """A module to load a state into and train, over and over in one process."""
         return self.build()
 
+    @property
+    def intruder_seed(self) -> Seed:
+        """The malicious client's own; a number that a float64 can hold, so that it can be told."""
+        return Seed.root(self.schedule.seed.child("intruder").value >> 10)
+
+    @property
+    def intruder_labels(self) -> Ints:
+        """Labels of the malicious client's own records."""
+        assert self.intruder is not None
+        return self.private.labels[self.schedule.parts[self.intruder.client]]
+
     @cached_property
     def trainable(self) -> frozenset[str]:
         """Names of the parameters; every other entry of the state is a buffer."""
@@ -90,6 +108,12 @@ class Plan:
             return listed[0]
         changed = self.setting.protections or self.server == Position.MALICIOUS_SERVER
         return Clear(kind="clear", setting=self.setting) if changed else None
+
+    @property
+    def one_step(self) -> bool:
+        """Whether each client takes a single step in a round."""
+        most = max(len(part) for part in self.schedule.parts)
+        return self.strategy.sends == Channel.GRADIENT or len(self.work.batch_sizes(most)) == 1
 
     @property
     def server_knows(self) -> bool:
@@ -167,3 +191,4 @@ class Trained:
     wire_bytes_down: int
     flags: frozenset[str]
     confided: tuple[Confided, ...] = ()
+    noticed: tuple[Noticed, ...] = ()

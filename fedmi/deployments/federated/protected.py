@@ -59,6 +59,8 @@ class ProtectedGrid(GridWrapper):
         }
         self._error, self._bound = 0.0, 0.0
         self._flags: set[str] = set()
+        self.altered: set[tuple[int, int]] = set()
+        """(round, client) of each altered model that was sent."""
         self.last = Round(None, "no round yet")
 
     def close(self) -> None:
@@ -129,6 +131,7 @@ class ProtectedGrid(GridWrapper):
             shape=self._plan.private.shape,
             classes=self._plan.classes,
             public=self._plan.public,
+            one_step=self._plan.one_step,
         )
         for message in messages:
             client = self._clients[message.metadata.dst_node_id]
@@ -137,6 +140,8 @@ class ProtectedGrid(GridWrapper):
             content[wire.ARRAYS] = wire.to_record(sent)
             message.content = content
             self._recorder.altered(round, client, sent)
+            if any(not torch.equal(sent[name], model[name]) for name in model):
+                self.altered.add((round, client))
 
     def _inspect(self, round: int, collected: Collected) -> None:
         """Ask, aside, what clients could tell; compare the mean with that of the true updates."""

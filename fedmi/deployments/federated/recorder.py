@@ -2,20 +2,29 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from flwr.app import Message
 from torch import Tensor
 
 from fedmi.deployments.federated.plan import Plan, Trained
 from fedmi.exposure import wire
-from fedmi.exposure.observation import Observation, Transcript
+from fedmi.exposure.observation import (
+    OWN_LABEL,
+    OWN_NUMBER,
+    OWN_SEED,
+    Observation,
+    Transcript,
+)
 from fedmi.exposure.opening import Confided
 from fedmi.exposure.payload import store
 from fedmi.exposure.words import Channel, Position
 from fedmi.protections.transport import Crossing, PartySeen
 
 CLIENT, HOLDER, TAPPER = Position.CLIENT, Position.MODEL_HOLDER, Position.EAVESDROPPER
+INTRUDER = Position.MALICIOUS_CLIENT
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ class Recorder:
 
     def wants(self, round: int) -> bool:
         """Whether the round's global model is of interest."""
-        return self._open is not None or round in self._plan.record
+        kept = self._open is not None or round in self._plan.record
+        return kept or self._plan.intruder is not None
 
     def model(self, round: int, clients: Sequence[int], model: Mapping[str, Tensor]) -> None:
         """The clients hold the global model of the round; whoever coordinates them does too.
@@ -60,9 +70,13 @@ class Recorder:
         Where the server does not, it knows the initial one all the same.
         """
         self._implied(model)
-        if round not in self._plan.record:
+        inside = [INTRUDER] if self._is_inside(clients) else []
+        if not inside and round not in self._plan.record:
             return
         self._model = self._store(model, f"round-{round:05d}-model")
+        self._model_seen(round, tuple(sorted(clients)), self._model, inside, False)
+        if round not in self._plan.record:
+            return
         parties = self._plan.transport.compute_parties if self._plan.transport else 0
         told = [Position.COMPUTE_PARTY] if parties else []
         initial = [self._plan.server] if round == 1 and not self._plan.server_knows else []
@@ -166,7 +180,9 @@ class Recorder:
         """Training is over; `round` is one more than the last."""
         self._implied(state)
         final = self._store(state, "final-model")
-        self._model_seen(round, (), final, (self._plan.coordinator, CLIENT, HOLDER), False)
+        inside = (INTRUDER,) if self._plan.intruder else ()
+        told = (self._plan.coordinator, CLIENT, HOLDER, *inside)
+        self._model_seen(round, (), final, told, False)
         return Trained(
             state=state,
             transcripts=self._transcripts(),
@@ -193,8 +209,28 @@ class Recorder:
         )
         buffers = {name: after[name] for name in after if name not in names}
         payload = self._store({**told, **buffers}, f"round-{self._open.number:05d}-implied")
-        self._see(CLIENT, Channel.AGGREGATE, self._open.number, self._open.clients, payload, 0)
+        inside = [INTRUDER] if self._is_inside(self._open.clients) else []
+        number, clients = self._open.number, self._open.clients
+        for position in (CLIENT, *inside):
+            self._see(position, Channel.AGGREGATE, number, clients, payload, 0)
         self._open = None
+
+    def _is_inside(self, clients: Iterable[int]) -> bool:
+        """Whether the malicious client is one of these."""
+        intruder = self._plan.intruder
+        return intruder is not None and intruder.client in clients
+
+    @cached_property
+    def _own(self) -> dict[str, float]:
+        """What the malicious client knows of itself: its number, its seed, and how many records of
+        each label it holds."""
+        intruder = self._plan.intruder
+        if intruder is None:
+            return {}
+        labels, counts = np.unique(self._plan.intruder_labels, return_counts=True)
+        held = {f"{OWN_LABEL}{k}": float(n) for k, n in zip(labels, counts, strict=True)}
+        seed = float(self._plan.intruder_seed.path[-1])
+        return {OWN_NUMBER: float(intruder.client), OWN_SEED: seed, **held}
 
     def _model_seen(
         self,
@@ -206,8 +242,9 @@ class Recorder:
     ) -> None:
         tappers = self._tappers if on_wire else ()
         for position in (*positions, *tappers):
+            own = self._own if position == INTRUDER else None
             self._see(
-                position, Channel.GLOBAL_MODEL, round, clients, payload, self._broadcast_bytes
+                position, Channel.GLOBAL_MODEL, round, clients, payload, self._broadcast_bytes, own
             )
 
     def _see(
@@ -237,8 +274,9 @@ class Recorder:
         server = (self._plan.server, self._plan.coordinator)
         seen = {item.position for item in self._seen}
         parties = (Position.COMPUTE_PARTY,) if Position.COMPUTE_PARTY in seen else ()
+        inside = (INTRUDER,) if self._plan.intruder else ()
         positions = dict.fromkeys(
-            (*server, CLIENT, HOLDER, Position.API_USER, *self._tappers, *parties)
+            (*server, CLIENT, HOLDER, Position.API_USER, *inside, *self._tappers, *parties)
         )
         return {
             position: Transcript(

@@ -1,5 +1,6 @@
 """What fedmi adds to any Flower strategy: no failure is silent, types and buffers are kept."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -13,6 +14,8 @@ from fedmi.deployments.federated.plan import Plan
 from fedmi.deployments.federated.protected import ProtectedGrid
 from fedmi.deployments.federated.recorder import Recorder
 from fedmi.exposure import wire
+
+CLIENT_NAMED = re.compile(r"\bclient \d")
 
 
 class RoundFailedError(RuntimeError):
@@ -104,7 +107,7 @@ class Rounds(Strategy):
         last = self._protected.last
         if last.collected is None:
             why = last.aborted.removeprefix(f"round {round}: ")
-            who = "" if "client " in why else self._blame(last.failed or {})
+            who = "" if CLIENT_NAMED.search(why) else self._blame(last.failed or {})
             raise RoundFailedError(f"'{self._plan.name}', round {round}: {why}{who}")
         self._check(round, last.collected.clients, last.collected.failed)
         return replies

@@ -1,11 +1,13 @@
 """The Flower ServerApp: every round of the plan's strategy over whatever grid it is given."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmi.deployments.federated.network import ScheduledGrid, roster
+from fedmi.deployments.federated.noticing import ask
 from fedmi.deployments.federated.plan import Plan, Trained
 from fedmi.deployments.federated.protected import ProtectedGrid
 from fedmi.deployments.federated.recorder import Recorder
@@ -55,4 +57,6 @@ def serve(plan: Plan, grid: Grid, progress: Callable[[float], None]) -> Trained:
             protected.close()
     state = wire.like(wire.to_tensors(result.arrays), initial)
     flags = rounds.flags | (protected.flags() if protected else set())
-    return recorder.finished(schedule.rounds + 1, state, flags)
+    trained = recorder.finished(schedule.rounds + 1, state, flags)
+    altered = protected.altered if protected else set()
+    return replace(trained, noticed=ask(plan, grid, clients, altered))

@@ -26,6 +26,7 @@ class LabelAttack(Attack):
 
     channels: ClassVar = UPDATES
     needs: ClassVar = frozenset({Fact.ARCHITECTURE, Fact.NUM_EXAMPLES, Fact.LOCAL_TRAINING})
+    reads_schemas: ClassVar[frozenset[str]] = frozenset({"pixels", "table", "text"})
     recovers: ClassVar[Literal["samples", "labels"]] = "labels"
 
     @abstractmethod

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedmi.attacks.base import Case
 from fedmi.attacks.engine.evidence import AttackError, Evidence
+from fedmi.exposure.schema import END, PADDING, START, Text
 from fedmi.exposure.words import Fact
 
 PROBES = 64
@@ -127,10 +128,22 @@ def public(case: Case, evidence: Evidence, count: int) -> tuple[Tensor, Tensor]:
 
 
 def probes(case: Case, evidence: Evidence, count: int = PROBES) -> Tensor:
-    """Inputs to estimate the model's mean answer on: public ones if granted, else smooth noise."""
+    """Inputs to estimate the model's mean answer on: public ones if granted, else smooth noise, or
+    sentences of random tokens."""
     if Fact.PUBLIC_DATA in case.knowledge.facts and case.knowledge.public is not None:
         return public(case, evidence, count)[0]
     rng = case.seed.child(evidence.target.id, "probes").torch()
     channels, height, width = case.knowledge.input_shape
+    if isinstance(case.knowledge.schema, Text):
+        return sentences(case.knowledge.schema, count, rng)
     coarse = torch.rand(count, channels, 4, 4, generator=rng)
     return nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+
+
+def sentences(schema: Text, count: int, rng: torch.Generator) -> Tensor:
+    """Of random tokens and lengths, [count, 1, 1, length]."""
+    ids = torch.randint(END + 1, len(schema.pieces), (count, schema.length), generator=rng)
+    after = torch.randint(3, schema.length + 1, (count, 1), generator=rng)
+    place = torch.arange(schema.length)
+    ids = torch.where(place == 0, START, torch.where(place == after - 1, END, ids))
+    return torch.where(place < after, ids, PADDING)[:, None, None].float()

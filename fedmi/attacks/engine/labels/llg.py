@@ -9,7 +9,8 @@ from torch import Tensor
 from fedmi.attacks.base import Case
 from fedmi.attacks.engine.evidence import Evidence
 from fedmi.attacks.engine.labels.allot import allot, negative
-from fedmi.attacks.engine.labels.layer import Stand, answers, fresh, head, public, stand
+from fedmi.attacks.engine.labels.layer import Stand, answers, fresh, head, public, sentences, stand
+from fedmi.exposure.schema import Schema, Text
 
 AUXILIARY, DUMMIES = 512, 10
 OWN_CLASSES = 0.5
@@ -35,15 +36,22 @@ def llg(case: Case, evidence: Evidence) -> tuple[Tensor, Tensor]:
 
 
 def llg_star(case: Case, evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """Impact and offset from dummy inputs sent through the model: zeros, ones and noise."""
+    """Impact and offset from dummy inputs sent through the model: zeros, ones and noise, or
+    sentences of random tokens."""
     module, shape = fresh(case), case.knowledge.input_shape
     rng = case.seed.child(evidence.target.id, "llg_star").torch()
-    noise = torch.rand(DUMMIES, *shape, generator=rng)
-    dummies = torch.cat([torch.zeros(1, *shape), torch.ones(1, *shape), noise])
+    dummies = _dummies(case.knowledge.schema, shape, rng)
     seen = answers(module, evidence.base, dummies)
     influence = _influence([seen] * case.knowledge.classes, evidence.records)
     sums = head(evidence.gradient, module).weight.sum(1)
     return _extract(sums, influence, seen, evidence.records)
+
+
+def _dummies(schema: Schema, shape: tuple[int, int, int], rng: torch.Generator) -> Tensor:
+    if isinstance(schema, Text):
+        return sentences(schema, DUMMIES, rng)
+    noise = torch.rand(DUMMIES, *shape, generator=rng)
+    return torch.cat([torch.zeros(1, *shape), torch.ones(1, *shape), noise])
 
 
 def llg_plus(case: Case, evidence: Evidence) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class Occasion:
     asked: the clients of the round, ascending. network: the architecture as it is trained
     (parameters on the meta device). seed: of the round, for the server's own choices. shape: of a
     record, (C, H, W). public: the records that the adversary has of its own; a malice that reads
-    them says so in `reads_public`.
+    them says so in `reads_public`. one_step: whether each client takes one step in a round.
     """
 
     round: int
@@ -32,6 +32,7 @@ class Occasion:
     shape: Shape
     classes: int
     public: Records
+    one_step: bool = True
 
 
 class Malice(Component):
