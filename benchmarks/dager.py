@@ -1,7 +1,8 @@
 """DAGER and Decepticons on State of the Union sentences: exact recovery by batch and model.
 
-Writes benchmarks/results/dager.json. For 2 batches each of 1, 2, 4, 8 and 16 sentences (DAGER
-on an encoder: to 4) of at most 24 tokens, on gradients of an untrained and a trained decoder and encoder (dim = 256, two blocks).
+Writes benchmarks/results/dager.json. For 2 batches each of 1, 2, 4, 8 and 16 sentences (DAGER on
+an encoder: to 4) of at most 24 tokens, on gradients of an untrained and a trained decoder and
+encoder (dim = 256, two blocks).
 """
 
 import json

@@ -66,7 +66,7 @@ def job(
 
 
 def tensors(part: Records) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(part.inputs), torch.from_numpy(part.labels)
+    return torch.tensor(part.inputs), torch.tensor(part.labels)
 
 
 def same(ours: object, theirs: object) -> bool:

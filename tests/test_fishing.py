@@ -226,4 +226,3 @@ def test_the_score_is_that_of_the_nearest_record_to_the_one_sample() -> None:
     assert scored(one, truth) == pytest.approx(wanted, abs=1e-3)
     nearest = max(-10 * math.log10(float((0.5 - row).square().mean())) for row in truth)
     assert scored(grey, truth) == pytest.approx(nearest, abs=1e-3)
-    assert math.isnan(scored(truth, truth))

@@ -14,6 +14,9 @@ from fedmi.exposure.observation import Transcript
 from fedmi.exposure.seeding import Seed
 from fedmi.exposure.words import PER_ROUND, SERVED, Channel, Fact, Position, in_coalition
 
+PICTURED = frozenset({"samples", "one_sample"})
+"""What attacks recover that can be looked at."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -86,7 +89,8 @@ class Attack(Component):
     """Kinds of records that it knows how to recover."""
     with_dealer: ClassVar[bool] = False
     """Whether it takes off, with what compute parties tell, the masks that a dealer knows."""
-    recovers: ClassVar[Literal["samples", "labels", "membership"]] = "samples"
+    recovers: ClassVar[Literal["samples", "one_sample", "labels", "membership"]] = "samples"
+    """one_sample: one record of each target, without saying which."""
 
     @property
     def title(self) -> str:

@@ -33,7 +33,7 @@ class Matched:
 class Metric(Component):
     """A score per target; means over the target's records."""
 
-    measures: ClassVar[Literal["samples", "labels", "membership"]] = "samples"
+    measures: ClassVar[Literal["samples", "one_sample", "labels", "membership"]] = "samples"
     higher_is_leakier: ClassVar[bool]
     unit: ClassVar[str] = ""
     schemas: ClassVar[frozenset[str]] = frozenset({"pixels", "table"})

@@ -17,12 +17,13 @@ class FishedPSNR(Metric):
     favours guesses: a grey or mean image is near to some record of a large batch, so that only what
     is above prior-only, which is scored in the same way, is leakage. The leakage table has the mean
     over targets; a largest value alone says nothing. An answer without content counts as one grey
-    sample. NaN where different samples are returned.
+    sample.
     """
 
     kind: Literal["fished_psnr"] = "fished_psnr"
     paper = "Wen et al.: Fishing for User Data in Large-Batch Federated Learning. ICML 2022"
 
+    measures = "one_sample"
     higher_is_leakier = True
     unit = "dB"
 
@@ -34,8 +35,5 @@ class FishedPSNR(Metric):
         shown = (samples != blank).flatten(1).any(1)
         if not shown.any():
             shown = torch.ones_like(shown)
-        kept = samples[shown]
-        if bool((kept != kept[:1]).any()):
-            return math.nan
-        every = kept[:1].expand_as(matched.references)
+        every = samples[shown][:1].expand_as(matched.references)
         return float(PSNR().each(every, matched, judge).max())

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from fedmi.attacks.base import Attack, Case, Reconstruction
+from fedmi.attacks.base import PICTURED, Attack, Case, Reconstruction
 from fedmi.attacks.membership.canary_audit import CanaryAudit
 from fedmi.attacks.membership.one_run_audit import OneRunAudit
 from fedmi.data.records import Split
@@ -250,7 +250,7 @@ def seen_by(
 def blind_guess(cell: AttackCell, split: Split) -> Tensor | None:
     """The best single guess from the public records [1, C, H, W], where the adversary has them:
     what it can say of any target without having seen anything of it. None where it has none."""
-    if Fact.PUBLIC_DATA not in cell.attack.knowledge or cell.attack.recovers != "samples":
+    if Fact.PUBLIC_DATA not in cell.attack.knowledge or cell.attack.recovers not in PICTURED:
         return None
     return split.public.schema.typical(torch.from_numpy(split.public.inputs))
 

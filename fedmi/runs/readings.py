@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedmi.attacks.base import PICTURED
 from fedmi.data.truth import Truth
 from fedmi.deployments import saved
 from fedmi.exposure.knowledge import Target
@@ -24,7 +25,7 @@ def readings(todo: Plan, directory: RunDirectory) -> Iterator[Readings]:
     """Of the first seed and every attack that returns samples of records that are no pictures."""
     first = todo.scenario.seeds[0]
     for cell in todo.attacks:
-        shown = cell.attack.recovers == "samples" and cell.training.seed == first
+        shown = cell.attack.recovers in PICTURED and cell.training.seed == first
         if shown and directory.finished(cell.key) and (rows := tuple(read_rows(cell, directory))):
             attack = cell.attack
             place = cell.deployment_title, attack.position, attack.channel, cell.attack_title

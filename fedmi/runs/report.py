@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmi.attacks.base import PICTURED
 from fedmi.data.truth import Truth
 from fedmi.deployments import saved, saved_service
 from fedmi.deployments.serving.base import Rehearsal, Trained
@@ -196,7 +197,7 @@ def panels(todo: Plan, directory: RunDirectory) -> Iterator[Panel]:
     """Pictures of the first seed's reconstructions of every attack that returns samples."""
     first = todo.scenario.seeds[0]
     for cell in todo.attacks:
-        pictured = cell.attack.recovers == "samples" and cell.training.seed == first
+        pictured = cell.attack.recovers in PICTURED and cell.training.seed == first
         if pictured and directory.finished(cell.key):
             rows = tuple(panel_rows(cell, directory))
             if rows:

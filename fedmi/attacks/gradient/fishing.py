@@ -70,6 +70,7 @@ class Fishing(Inversion):
     needs: ClassVar = Inversion.needs | {Fact.PUBLIC_DATA}
     uses: ClassVar = frozenset[Fact]()
     exploits: ClassVar = frozenset({"fishing"})
+    recovers: ClassVar = "one_sample"
 
     def unsuited(self, network: nn.Module) -> str:
         try:

@@ -59,6 +59,7 @@ class ProtectedGrid(GridWrapper):
         }
         self._error, self._bound = 0.0, 0.0
         self._flags: set[str] = set()
+        self._discarded: frozenset[str] = frozenset()
         self.altered: set[tuple[int, int]] = set()
         """(round, client) of each altered model that was sent."""
         self.last = Round(None, "no round yet")
@@ -119,7 +120,7 @@ class ProtectedGrid(GridWrapper):
         self, messages: Sequence[Message], round: int, model: Mapping[str, Tensor], who: list[int]
     ) -> None:
         """A malicious server gives some clients another model."""
-        malice = self._plan.malice
+        malice, self._discarded = self._plan.malice, frozenset()
         if malice is None or round not in malice.rounds:
             return
         seed = self._plan.schedule.seed.child("malice", round)
@@ -140,6 +141,11 @@ class ProtectedGrid(GridWrapper):
             content[wire.ARRAYS] = wire.to_record(sent)
             message.content = content
             self._recorder.altered(round, client, sent)
+            if malice.keeps == "unaltered":
+                changed = (name for name in model if not torch.equal(sent[name], model[name]))
+                self._discarded |= {*changed}
+        if malice.keeps == "nothing":
+            self._discarded = frozenset(model)
             if any(not torch.equal(sent[name], model[name]) for name in model):
                 self.altered.add((round, client))
 
@@ -187,6 +193,8 @@ class ProtectedGrid(GridWrapper):
         mean: Mapping[str, Tensor] = collected.mean
         for half in reversed(self._halves.values()):
             mean = half.finish(round, mean, len(collected.clients))
+        dropped = {name: torch.zeros_like(mean[name]) for name in self._discarded}
+        mean = {**mean, **dropped}
         combined = self._plan.aggregate(model, {name: mean[name] for name in layout})
         content = RecordDict(
             {

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class Malice(Component):
 
     rounds: tuple[int, ...] = Field(
         default=(1,), min_length=1, description="rounds in which the server alters models"
+    )
+    keeps: Literal["all", "unaltered", "nothing"] = Field(
+        default="all",
+        description="which tensors of the mean update the server puts into the model after such a "
+        "round; what comes back for an altered one may do harm to the model",
     )
 
     def architecture(self, model: ModelSpec) -> ModelSpec:

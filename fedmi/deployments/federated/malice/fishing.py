@@ -41,6 +41,7 @@ class Fishing(Malice):
     )
     alters: ClassVar = "the last linear layer, for one class or one feature of it"
     reads_public: ClassVar = True
+    keeps: Literal["all", "unaltered", "nothing"] = "unaltered"
     strategy: Literal["class", "feature"] = Field(
         default="class", description="fish all of a class, or the one highest in a feature"
     )

@@ -45,6 +45,7 @@ class Imprinting(Malice):
 
     kind: str
     reads_public = True
+    keeps: Literal["all", "unaltered", "nothing"] = "unaltered"
 
     bins: int = Field(
         default=256, ge=2, le=65536, description="units of the imprint layer, a quantile each"

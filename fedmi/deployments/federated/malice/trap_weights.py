@@ -35,6 +35,7 @@ class TrapWeights(Malice):
     )
     alters: ClassVar = "the first fully connected layer, and convolutions before it"
     reads_public: ClassVar = True
+    keeps: Literal["all", "unaltered", "nothing"] = "unaltered"
     records: int = Field(
         default=50, ge=1, le=100_000, description="records behind a gradient that it counts on"
     )
