@@ -51,7 +51,7 @@ BATCHES, REPEATS = (20, 50, 100), 5
 FISHED_FROM, STEPS = 100, 250
 Batch = tuple[Tensor, Tensor]
 PAPERS = {
-    "trap_weights": "Boenisch et al., abstract: over 50 % of a mini-batch of 100 ImageNet images",
+    "trap_weights": "Boenisch et al., abstract as recalled: over 50 % of 100 ImageNet images",
     "fishing": "breaching's stored run on ImageNet: mean about 13 dB, max 20.8 dB",
 }
 

@@ -109,13 +109,18 @@ class TestShipped:
 
 def test_every_data_set_is_found_and_no_partition_among_them() -> None:
     assert {
+        "adult",
         "att_faces",
         "breast_cancer",
         "cifar10",
         "digits",
         "image_folder",
         "mnist_5k",
+        "nhanes",
         "npz",
+        "state_of_the_union",
+        "text_csv",
+        "warfarin",
     } == set(components("fedmi.datasets"))
 
 

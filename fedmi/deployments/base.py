@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -190,6 +190,10 @@ class Deployment(Component):
     def builds(self, model: ModelSpec) -> ModelSpec:
         """The architecture that is trained: the scenario's, unless somebody here alters it."""
         return model
+
+    def unwatched(self) -> Self:
+        """The same training without what only takes notes of it: that of a twin."""
+        return self
 
     @property
     def malice_kind(self) -> str:

@@ -306,7 +306,7 @@ def _bare(point: Point, index: int, seed: int, twin: Twin) -> TrainingCell:
         data=point.scenario.data,
         model=point.scenario.model,
         recipe=deployment.recipe or point.scenario.training,
-        deployment=deployment,
+        deployment=deployment if twin == "none" else deployment.unwatched(),
         seed=seed,
         twin=twin,
     )

@@ -41,8 +41,10 @@ class PlaceRows:
 
     def value(self, trial: Trial, given: Given, network: Network) -> Tensor:
         found = _own(trial.update[PLACES][: len(given["used"])], given["used"])
-        gaps = (found - given["rows"]).square().sum(1) / given["lengths"] * given["used"]
-        return gaps.sum() / given["used"].sum().clamp_min(1)
+        share = given["used"] / given["lengths"]
+        common = ((found * given["rows"]).sum(1) * share).sum()
+        size = (found.square().sum(1) * share).sum() * given["used"].sum()
+        return 1 - common / size.clamp_min(1e-30).sqrt()
 
 
 def _own(rows: Tensor, used: Tensor) -> Tensor:

@@ -164,6 +164,9 @@ class Federated(Deployment):
     def protection_kinds(self) -> tuple[str, ...]:
         return tuple(protection.kind for protection in self.protections)
 
+    def unwatched(self) -> Self:
+        return self.model_copy(update={"detectors": ()})
+
     @property
     def malice_kind(self) -> str:
         return self.malice.kind if self.malice else ""
