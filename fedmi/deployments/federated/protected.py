@@ -141,13 +141,13 @@ class ProtectedGrid(GridWrapper):
             content[wire.ARRAYS] = wire.to_record(sent)
             message.content = content
             self._recorder.altered(round, client, sent)
+            changed = {name for name in model if not torch.equal(sent[name], model[name])}
+            if changed:
+                self.altered.add((round, client))
             if malice.keeps == "unaltered":
-                changed = (name for name in model if not torch.equal(sent[name], model[name]))
-                self._discarded |= {*changed}
+                self._discarded |= changed
         if malice.keeps == "nothing":
             self._discarded = frozenset(model)
-            if any(not torch.equal(sent[name], model[name]) for name in model):
-                self.altered.add((round, client))
 
     def _inspect(self, round: int, collected: Collected) -> None:
         """Ask, aside, what clients could tell; compare the mean with that of the true updates."""
