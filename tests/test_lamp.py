@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from fedmi.attacks.engine.distances import aim, distance_of
-from fedmi.attacks.engine.evidence import AttackError
+from fedmi.attacks.engine.embedded import PLACES
+from fedmi.attacks.engine.evidence import AttackError, read
 from fedmi.attacks.engine.language_prior import LanguagePrior
+from fedmi.attacks.engine.network import load
+from fedmi.attacks.engine.penalties import Trial
 from fedmi.attacks.engine.rearranging import ACROSS, WITHIN, rearranged
+from fedmi.attacks.engine.text_penalties import PlaceRows
 from fedmi.attacks.gradient.lamp import LAMP
 from fedmi.exposure.schema import END, START
-from fedmi.exposure.words import Fact
+from fedmi.exposure.words import Channel, Fact
 from fedmi.models.classifiers import MLP
 from tests import gradient_cases
 from tests.small_language import (
@@ -74,7 +78,7 @@ def test_turns_put_tokens_in_order() -> None:
     case = case_of(gradients([truth]), [truth])
     scores = []
     for turns in (0, 1):
-        attack = Shuffled.model_validate({**OPTIONS, "turns": turns, "rearrangements": 80})
+        attack = Shuffled.model_validate({**OPTIONS, "turns": turns, "rearrangements": 240})
         (answer,) = attack.reconstruct(case)
         assert answer.samples is not None
         scores.append(pairs(answer.samples, truth[0]))
@@ -109,6 +113,34 @@ def test_the_prior_is_a_distribution_and_prefers_what_it_saw() -> None:
     mixed = fresh.clone()
     mixed[:, 1:7] = fresh[:, [6, 3, 1, 5, 2, 4]]
     assert (prior.loss(fresh) < prior.loss(mixed)).double().mean() > 0.9
+
+
+def test_the_rows_of_places_count_alike_however_sure_the_model_is() -> None:
+    """Slopes of a sentence that it is sure of are shorter by orders of magnitude."""
+    (seen,) = gradients([sentences(1, 1)])
+    case = case_of([seen], [sentences(1, 1)])
+    (evidence,) = read(case, Channel.GRADIENT)
+    network = load(case.knowledge.build, evidence.base, "eval") if case.knowledge.build else None
+    assert network is not None
+    penalty, labels = PlaceRows(0.1, False), torch.tensor([0])
+    given = penalty.given(evidence, labels, network)
+    (other,) = gradients([sentences(1, 2)])
+    values = [
+        float(penalty.value(Trial(labels, labels, {PLACES: scale * part}, {}), given, network))
+        for part in (seen[PLACES], other[PLACES])
+        for scale in (1e-4, 1.0, 1e4)
+    ]
+    assert max(values[:3]) < 1e-6
+    assert min(values[3:]) > 0.1
+    assert max(values[3:]) < min(values[3:]) + 1e-4
+
+
+def test_exchanges_keep_places() -> None:
+    rng = torch.Generator().manual_seed(1)
+    for way in range(8):
+        order = rearranged((6, 4), 8, 0, way, rng, within=False)
+        assert [place % 8 for place in order] == [*range(8), *range(8)]
+        assert rearranged((6,), 8, 0, way, rng, within=False) == [*range(8)]
 
 
 @pytest.mark.parametrize("way", range(len(WITHIN) + len(ACROSS)))

@@ -52,5 +52,8 @@ def likely(evidence: Evidence, block: FirstBlock, pairs: Pairs) -> Tensor:
 
 def _touched(slopes: Tensor) -> Tensor:
     norms = slopes.norm(dim=1)
-    found: Tensor = norms > UNTOUCHED * norms.max()
+    exact = norms > 0
+    found: Tensor = (
+        exact if float(exact.float().mean()) < COMMON else norms > UNTOUCHED * norms.max()
+    )
     return found

@@ -9,31 +9,39 @@ Draw = Callable[[int], int]
 
 
 def rearranged(
-    lengths: Sequence[int], room: int, sentence: int, way: int, rng: torch.Generator
+    lengths: Sequence[int],
+    room: int,
+    sentence: int,
+    way: int,
+    rng: torch.Generator,
+    within: bool = True,
 ) -> list[int]:
     """For each of n x room places, from which of them its token comes.
 
     Sentences have these numbers of tokens; the first and the last of each, and places behind it,
     stay. way, in turn: two tokens of the sentence change places, one moves, a run moves, the first
     ones are put behind the others (Balunovic et al., 2022, section 4.3); and where there are other
-    sentences: one token, or all from a place on, are exchanged with those of another.
+    sentences: one token, or all from a place on, are exchanged with those of another. Without
+    `within`, tokens keep their places, and only sentences exchange theirs.
     """
 
     def draw(below: int) -> int:
         return int(torch.randint(below, (), generator=rng))
 
     batch = [list(range(row * room, (row + 1) * room)) for row in range(len(lengths))]
-    kind = way % (len(WITHIN) + len(ACROSS) * (len(lengths) > 1))
+    inner = len(WITHIN) * within
+    kinds = inner + len(ACROSS) * (len(lengths) > 1)
+    kind = way % max(1, kinds)
     last = max(1, lengths[sentence] - 1)
-    if kind < len(WITHIN):
+    if kind < inner:
         own = batch[sentence]
         if last > 2:
             own[1:last] = WITHIN[kind](own[1:last], draw)
-    else:
+    elif kinds:
         other = (sentence + 1 + draw(len(lengths) - 1)) % len(lengths)
         last = min(last, max(1, lengths[other] - 1))
         if last > 1:
-            ACROSS[kind - len(WITHIN)](batch[sentence], batch[other], last, draw)
+            ACROSS[kind - inner](batch[sentence], batch[other], last, draw)
     return [place for row in batch for place in row]
 
 

@@ -11,10 +11,16 @@ from fedmi.attacks.engine.evidence import Evidence
 
 ROUNDING = 4e-8
 """Of the largest singular value: what float32 sums leave of a zero."""
-PLATEAU = 8.0
-"""Multiple of it up to which what such sums leave may rise."""
+FAINTEST = 1e-9
+"""Of a row's length: less than rounding can leave of it in a direction."""
+TAIL = 8
+"""One in so many directions, those with the least in them, show the noise of each row."""
 GAP = 10.0
 """Ratio of two neighbouring singular values from which the lower one is taken for noise."""
+UNEVEN = 4.0
+"""Noise in the strongest directions without signal, as a multiple of what the weakest show."""
+WORST = 3.0
+"""Multiple of the noise up to which a singular value may be noise."""
 FEWEST_FREE = 3
 """Dimensions outside the span from which being in it is no accident."""
 
@@ -44,33 +50,52 @@ class Span:
 def span(evidence: Evidence, layers: Sequence[str]) -> Span:
     """The span of these linear layers, which all have the same inputs.
 
-    Rows of which an entry was not seen are left out.
+    Rows of which an entry was not seen are left out. float32 rounds each row by itself: where the
+    noise is no more than rounding leaves, rows are divided by the noise that they have in the
+    directions with the least in them, which shows inputs whose part of the whole is below it.
     """
     parts = [_seen_rows(evidence, layer) for layer in layers]
     joint = torch.cat([torch.cat([weight, bias[:, None]], 1) for weight, bias in parts]).double()
     scale = joint.norm().clamp_min(1e-300)
-    rounding = max(_rounding(evidence, layers, len(joint)) / float(scale), 0.0)
-    return _span(joint / scale, rounding)
+    joint = joint / scale
+    values, rows = _svd(joint)
+    rounding = _rounding(evidence, layers, len(joint)) / float(scale)
+    floor = max(ROUNDING * float(values[0]), rounding)
+    if len(values) < 3 or float(values[-2]) > WORST * floor:
+        return _span(values, rows, _noise(values, floor))
+    for _ in range(2):
+        joint = joint / _row_noise(joint, rows)
+        values, rows = _svd(joint)
+    return _span(values, rows, sqrt(len(joint)) + sqrt(joint.shape[1]), UNEVEN)
 
 
-def _span(joint: Tensor, rounding: float) -> Span:
+def _row_noise(joint: Tensor, rows: Tensor) -> Tensor:
+    """[m, 1]: standard deviation of the noise in the entries of each row."""
+    least = rows[-1 - max(FEWEST_FREE, len(rows) // TAIL) : -1]
+    seen = (joint @ least.T).square().mean(1, keepdim=True).sqrt()
+    faintest = FAINTEST * joint.norm(dim=1, keepdim=True)
+    return torch.maximum(seen, faintest).clamp_min(1e-300)
+
+
+def _svd(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """(singular values, right singular vectors), as many as the width."""
     width = joint.shape[1]
     padded = torch.cat([joint, joint.new_zeros(max(0, width - len(joint)), width)])
     _, values, rows = torch.linalg.svd(padded, full_matrices=False)
-    noise = _noise(values, max(ROUNDING * float(values[0]), rounding))
-    rank = int((values > 3 * noise).sum())
+    return values, rows
+
+
+def _span(values: Tensor, rows: Tensor, noise: float, uneven: float = 1.0) -> Span:
+    rank = int((values > WORST * uneven * noise).sum())
     kept = noise / (values.square() + noise**2).sqrt()
     # one dimension is never used where normalisation has no shift: its outputs sum to zero
-    return Span(kept[:, None] * rows, rank, noise, width - 1 - rank < FEWEST_FREE)
+    return Span(kept[:, None] * rows, rank, noise, len(values) - 1 - rank < FEWEST_FREE)
 
 
 def _noise(values: Tensor, floor: float) -> float:
-    """The largest singular value that is noise: the known floor where the spectrum reaches it,
-    else what comes after the widest gap; the floor where there is no gap at all."""
+    """The largest singular value that is noise: what comes after the widest gap; the floor where
+    there is no gap."""
     tail = values[:-1].clamp_min(floor / 100)
-    if len(tail) < 2 or float(tail[-1]) <= 3 * floor:
-        plateau = tail[tail <= PLATEAU * ROUNDING * float(values[0])]
-        return max(floor, float(plateau.max())) if len(plateau) else floor
     drops = tail[:-1] / tail[1:]
     widest = int(drops[1:].argmax()) + 1 if len(drops) > 1 else 0
     return float(tail[widest + 1]) if float(drops[widest]) > GAP else floor

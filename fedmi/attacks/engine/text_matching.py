@@ -15,13 +15,15 @@ from fedmi.attacks.engine.evidence import UPDATES, AttackError, Evidence
 from fedmi.attacks.engine.gradient_matching import GradientMatching
 from fedmi.attacks.engine.matching import Matching, Problem
 from fedmi.attacks.engine.penalties import Penalty
+from fedmi.attacks.engine.placed import LOST, Placed, placed
 from fedmi.attacks.engine.text_penalties import PlaceRows
-from fedmi.attacks.engine.token_rows import Lengths, lengths, token_rows
+from fedmi.attacks.engine.token_rows import SHORTEST, Lengths, lengths, token_rows
 from fedmi.attacks.engine.unknowns import Unknown
 from fedmi.exposure.schema import END, PADDING, START, UNKNOWN
 
 WIDTH = 8
 """A search has room for a multiple of so many tokens a sentence, so that more are batched."""
+FROM_PLACES = "started_from_place_rows"
 GUESSED, HELD, UNSEEN = "lengths_guessed", "token_table_held", "token_set_not_visible"
 
 
@@ -33,11 +35,21 @@ class TextMatching(GradientMatching):
     flag `lengths_guessed` where they leave a choice), [CLS] and [SEP] are held in their places, and
     in the end each vector becomes the token that explains it best (`Vocabulary.closeness`), the
     surest sentence first; confidence [n] is the mean of that over a sentence's tokens. Local steps
-    are simulated with the tokens' vectors held still (flag `token_table_held`).
+    are simulated with the tokens' vectors held still (flag `token_table_held`). A search from
+    `init = "place_rows"` begins with sentences, lengths and labels of `placed` (flag
+    `started_from_place_rows`; `place_rows_not_visible` where it has to be drawn after all).
     """
 
-    init: Literal["normal"] = Field(
-        default="normal", description="start: N(0, variance of the tokens' vectors)"
+    init: Literal["normal", "place_rows"] = Field(  # type: ignore[assignment]
+        default="normal",
+        description="start: N(0, variance of the tokens' vectors), or the sentences that "
+        "'place_rows' finds; papers draw at random",
+    )
+    trials: int = Field(
+        default=2000,
+        ge=0,
+        le=10_000_000,
+        description="of place_rows: sentences computed to tell those of a batch apart",
     )
     optimizer: Literal["adam", "lbfgs"] = Field(
         default="adam", description="Adam as in papers, or L-BFGS, whose step is 1"
@@ -118,7 +130,31 @@ class TextMatching(GradientMatching):
             flags.add(UNSEEN)
         found = super().problem(case, replace(evidence, flags=evidence.flags | flags))
         counts = torch.tensor(counted.counts).expand_as(found.labels)
-        return replace(found, labels=torch.stack([found.labels, counts], -1))
+        found = replace(found, labels=torch.stack([found.labels, counts], -1))
+        if self.init == "normal":
+            return found
+        known = placed(case, evidence, self.trials)
+        if known is None:
+            return replace(found, evidence=_flagged(found.evidence, LOST))
+        return self._from_places(case, found, known)
+
+    def _from_places(self, case: Case, problem: Problem, known: Placed) -> Problem:
+        """A search that starts from sentences, with their labels and lengths; what they lack stays
+        drawn."""
+        words = self.vocabulary(case, problem.evidence)
+        starts = problem.starts.clone()
+        room = starts.shape[2] - self.joint(case, problem.evidence)
+        ids = known.ids[:, :room]
+        vectors = (words.tokens[ids] / words.spread).to(starts)
+        there = (ids > END)[..., None]
+        starts[:, :, :room] = torch.where(there, vectors, starts[:, :, :room])
+        labels = problem.labels.clone()
+        labels[..., 1] = (ids != PADDING).sum(1).clamp_min(SHORTEST)
+        told = labels[0, :, 0].sort().values.equal(known.labels.sort().values)
+        if told or problem.evidence.target.id not in case.knowledge.labels:
+            labels[..., 0] = known.labels
+        flagged = _flagged(problem.evidence, FROM_PLACES, *known.flags)
+        return replace(problem, labels=labels, starts=starts, evidence=flagged)
 
     def start(self, case: Case, evidence: Evidence, number: int) -> Tensor:
         """[records, room, dim], and zeros for logits where labels are searched for."""
@@ -175,3 +211,7 @@ class TextMatching(GradientMatching):
     def _visible(self, evidence: Evidence) -> bool:
         """Whether some token's row stands out of the table's gradient."""
         return bool(len(token_rows(evidence.gradient).words))
+
+
+def _flagged(evidence: Evidence, *flags: str) -> Evidence:
+    return replace(evidence, flags=evidence.flags | {*flags})

@@ -18,8 +18,9 @@ class PlaceRows:
 
     While attention is spread evenly, all places have nearly the same slope; what is its own is what
     the layer normalisation takes off along the token, a part in `dim`, and lost in distances of
-    whole gradients. Mean over places of |found - wanted|^2 / |wanted|^2, of rows less the mean
-    row; place 0 ([CLS]) and places that no sentence reaches are left out.
+    whole gradients. 1 - the cosine of found and wanted, of rows less the mean row, each over the
+    length of the wanted one; place 0 ([CLS]) and places that no sentence reaches are left out. A
+    cosine, as a model's slopes differ by orders of magnitude with how sure it is of the sentence.
     """
 
     weight: float
@@ -41,10 +42,10 @@ class PlaceRows:
 
     def value(self, trial: Trial, given: Given, network: Network) -> Tensor:
         found = _own(trial.update[PLACES][: len(given["used"])], given["used"])
-        share = given["used"] / given["lengths"]
-        common = ((found * given["rows"]).sum(1) * share).sum()
-        size = (found.square().sum(1) * share).sum() * given["used"].sum()
-        return 1 - common / size.clamp_min(1e-30).sqrt()
+        share = (given["used"] / given["lengths"]).sqrt()[:, None]
+        found, wanted = found * share, given["rows"] * share
+        units = [part / part.square().sum().clamp_min(1e-30).sqrt() for part in (found, wanted)]
+        return (units[0] - units[1]).square().sum() / 2
 
 
 def _own(rows: Tensor, used: Tensor) -> Tensor:

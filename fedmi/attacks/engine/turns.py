@@ -18,8 +18,8 @@ class Turn:
     """One turn: for every sentence of every row in turn, the best of `ways` rearrangements.
 
     Best is the least loss / loss before + weight x the language model's loss; staying is one.
-    allowed: ids that each problem's places may hold. Points are [rows, n, room (+ 1), dim], the
-    restarts of a problem one after another.
+    within: tokens may leave their places. allowed: ids that each problem's places may hold. Points
+    are [rows, n, room (+ 1), dim], the restarts of a problem one after another.
     """
 
     objective: Objective
@@ -28,6 +28,7 @@ class Turn:
     allowed: Sequence[Tensor]
     weight: float
     ways: int
+    within: bool = True
 
     def better(
         self, points: Tensor, losses: Tensor, problems: Sequence[Problem], number: int
@@ -41,7 +42,7 @@ class Turn:
             best = torch.ones_like(losses) + self._unlikely(ids, losses)
             kept = points
             for way in range(self.ways):
-                order = _orders(problems, lengths, room, (number, sentence, way))
+                order = self._orders(problems, lengths, room, (number, sentence, way))
                 moved, read = _moved(points, ids, order)
                 found = self.objective.losses(moved) / before + self._unlikely(read, losses)
                 won = (found < best).view(-1, *[1] * (points.dim() - 1))
@@ -61,20 +62,20 @@ class Turn:
             ]
         )
 
+    def _orders(
+        self, problems: Sequence[Problem], lengths: Tensor, room: int, turn: tuple[int, int, int]
+    ) -> Tensor:
+        """[rows, n, room]: where each place's token comes from; each target draws by itself."""
+        found, rows, (_, sentence, way) = list[list[int]](), iter(lengths.tolist()), turn
+        for problem in problems:
+            rng = problem.seed.child("turn", *turn).torch()
+            for _ in problem.starts:
+                found.append(rearranged(next(rows), room, sentence, way, rng, self.within))
+        return torch.tensor(found).view(len(found), -1, room)
+
     def _unlikely(self, ids: Tensor, like: Tensor) -> Tensor:
         """Of all sentences of a row together; [rows]."""
         return self.weight * self.prior.loss(ids.cpu()).sum(1).to(like)
-
-
-def _orders(
-    problems: Sequence[Problem], lengths: Tensor, room: int, turn: tuple[int, int, int]
-) -> Tensor:
-    """[rows, n, room]: where the token of each place comes from; each target draws by itself."""
-    found, rows = list[list[int]](), iter(lengths.tolist())
-    for problem in problems:
-        rng = problem.seed.child("turn", *turn).torch()
-        found += [rearranged(next(rows), room, turn[1], turn[2], rng) for _ in problem.starts]
-    return torch.tensor(found).view(len(found), -1, room)
 
 
 def _moved(points: Tensor, ids: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,8 @@ class LAMP(TextMatching):
 
     is gone on with. p are trigrams of the granted public sentences (`LanguagePrior`); the paper has
     a GPT-2, a loss that is not measured in what it was, no exchange between sentences, Adam, and
-    500 draws and 2000 steps with 24 turns of 200 rearrangements. See `TextMatching` for lengths,
+    500 draws and 2000 steps with 24 turns of 200 rearrangements. From `init = "place_rows"`, tokens
+    keep their places and are only exchanged between sentences. See `TextMatching` for lengths,
     labels and what is returned: samples [n, 1, 1, length] of ids.
 
     Threat model: honest-but-curious, sees one update and the model it started from, and has
@@ -123,9 +124,8 @@ class LAMP(TextMatching):
             raise AttackError("lamp needs public sentences: grant the fact 'public_data'")
         prior = LanguagePrior.of(case.knowledge.public[0], len(matching.unknown.words.tokens))
         allowed = [self.allowed(problem.evidence) for problem in problems]
-        return Turn(
-            objective, prior, matching.unknown, allowed, self.lm_weight, self.rearrangements
-        )
+        options = (self.lm_weight, self.rearrangements, self.init == "normal")
+        return Turn(objective, prior, matching.unknown, allowed, *options)
 
 
 def _drawn(problem: Problem, number: int) -> Tensor:
