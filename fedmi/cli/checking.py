@@ -26,7 +26,8 @@ def check_scenario(request: Request, as_json: bool) -> None:
 
     seen = overview(plan(scenario))
     if as_json:
-        typer.echo(json.dumps(asdict(seen) | {"counts": seen.counts}, indent=1))
+        found = asdict(seen) | {"counts": seen.counts}
+        typer.echo(json.dumps(found, indent=1, default=lambda part: part.model_dump(mode="json")))
         return
     console = results()
     _head(console, seen)
