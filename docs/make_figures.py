@@ -8,6 +8,10 @@ fedmi run scenarios/midas.toml --out runs/midas
 fedmi run scenarios/serving.toml --out runs/serving
 fedmi run scenarios/update_channel.toml --out runs/update_channel
 fedmi run scenarios/closed_form.toml --out runs/closed_form
+fedmi run scenarios/malicious_server.toml --out runs/malicious_server
+fedmi run scenarios/malicious_client.toml --out runs/malicious_client
+fedmi run scenarios/text.toml --out runs/text
+fedmi run scenarios/tabular_gradients.toml --out runs/tabular_gradients
 python docs/make_figures.py [folder of the runs]
 """
 
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gradient_tables
+import malicious_tables
 import numpy as np
 import pandas as pd
 import serving_tables
@@ -358,6 +363,7 @@ def main(runs: Path) -> None:
     computed(runs / "smpc")
     served(runs)
     crossing(runs)
+    active(runs)
 
 
 def crossing(runs: Path) -> None:
@@ -380,6 +386,45 @@ def crossing(runs: Path) -> None:
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         text = put(text, *marks(name), gradient_tables.markdown(describe(results)))
     page.write_text(text, encoding="utf-8")
+
+
+def active(runs: Path) -> None:
+    """The tables of docs/malicious.md and docs/text.md."""
+    for page, made in (
+        (
+            "malicious.md",
+            (
+                ("malicious_server", "malicious_server", malicious_tables.servers),
+                ("detection", "malicious_server", malicious_tables.noticed),
+                ("false_alarms", "malicious_server", malicious_tables.false_alarms),
+                ("malicious_client", "malicious_client", malicious_tables.clients),
+            ),
+        ),
+        (
+            "text.md",
+            (
+                ("text", "text", malicious_tables.sentences),
+                ("tabular_gradients", "tabular_gradients", malicious_tables.answers),
+            ),
+        ),
+    ):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for name, run, table in made:
+            if (runs / run / "leakage.parquet").is_file():
+                text = put(text, *marks(name), table(runs / run))
+            else:
+                print(f"no {runs / run}: its table in docs/{page} stays as it is")
+        (ROOT / "docs" / page).write_text(text, encoding="utf-8")
+    malicious = ROOT / "docs" / "malicious.md"
+    text = malicious.read_text(encoding="utf-8")
+    for name, results, describe in (
+        ("imprint", "imprint", malicious_tables.imprints),
+        ("traps", "active_servers", malicious_tables.traps),
+        ("fishing", "active_servers", malicious_tables.fishing),
+    ):
+        found = json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))
+        text = put(text, *marks(name), gradient_tables.markdown(describe(found)))
+    malicious.write_text(text, encoding="utf-8")
 
 
 def served(runs: Path) -> None:

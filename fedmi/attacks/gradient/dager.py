@@ -150,7 +150,7 @@ class Dager(ClosedForm[None]):
             loose = 2 * self.tolerance if self.embedding_rows else self.tolerance
             return grown(block, pairs, mixed, decoys, loose, self.prefixes)
         if len(pairs) > MOST_PAIRS:
-            return bags(pairs.token.unique(), evidence.records, evidence.input_shape[2])
+            return bags(torch.unique(pairs.token), evidence.records, evidence.input_shape[2])
         possible = torch.ones(len(pairs), dtype=torch.bool)
         likely = embedding_rows.likely(evidence, block, pairs) if self.embedding_rows else possible
         return combined(
