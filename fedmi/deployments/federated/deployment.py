@@ -6,42 +6,30 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from flwr.app import Context, RecordDict
 from pydantic import Field, model_validator
 from torch import nn
 
 from fedmi.data.dataset import Card, Partition
 from fedmi.data.partitions.iid import IID
 from fedmi.deployments.audit import kept, plant, with_gradients
-from fedmi.deployments.base import (
-    Cost,
-    Deployment,
-    DeploymentError,
-    Estimate,
-    Job,
-    Outcome,
-)
+from fedmi.deployments.base import Deployment, DeploymentError, Estimate, Job, Outcome
 from fedmi.deployments.federated import estimates
-from fedmi.deployments.federated.client import ArchitectureRefusedError, client_app
-from fedmi.deployments.federated.cohort import RUN
+from fedmi.deployments.federated.client import ArchitectureRefusedError
 from fedmi.deployments.federated.detectors.base import Detector
-from fedmi.deployments.federated.grid import open_grid
 from fedmi.deployments.federated.intruders.base import Intruder
 from fedmi.deployments.federated.malice.base import Malice
-from fedmi.deployments.federated.plan import Plan, Trained, server_position
+from fedmi.deployments.federated.plan import Plan, server_position
 from fedmi.deployments.federated.schedule import Schedule, sample_size
-from fedmi.deployments.federated.server import server_app
+from fedmi.deployments.federated.sights import sights
+from fedmi.deployments.federated.simulation import outcome, simulate
 from fedmi.deployments.federated.strategies.base import StrategySpec
 from fedmi.deployments.federated.strategies.fedavg import FedAvg
 from fedmi.deployments.memory import watched
-from fedmi.deployments.utility import utility
-from fedmi.exposure.claim import PrivacyClaim
 from fedmi.exposure.component import OneOf
 from fedmi.exposure.knowledge import View
 from fedmi.exposure.opening import Opener
 from fedmi.exposure.recipe import LocalWork, Recipe
 from fedmi.exposure.seeding import Seed
-from fedmi.exposure.words import Channel, Fact, Position
 from fedmi.models.base import ModelSpec
 from fedmi.protections.base import Protection, Setting, out_of_order, sampling_of
 from fedmi.protections.clear import Clear
@@ -204,44 +192,14 @@ class Federated(Deployment):
         return next((p for p in self.protections if isinstance(p, Transport)), None)
 
     def views(self) -> tuple[View, ...]:
-        server, transport = server_position(self.malice), self.transport
-        update = transport.channel if transport else self.strategy.sends
-        told = frozenset({Fact.ARCHITECTURE, Fact.LOCAL_TRAINING, Fact.NUM_EXAMPLES})
-        client = frozenset({Fact.ARCHITECTURE, Fact.LOCAL_TRAINING})
-        tapper = frozenset({Fact.NUM_EXAMPLES})
-        open_server = transport is None or transport.server_sees_aggregate
-        coordinator = server if open_server else Position.KEY_HOLDER
-        parties = bool(self.compute_parties)
-        seen = [
-            *([] if parties else [View(server, update, told)]),
-            *([View(server, Channel.SHARE, told)] if transport and not parties else []),
-            *(self._parties_see(client) if parties else ()),
-            View(coordinator, Channel.AGGREGATE, told),
-            View(coordinator, Channel.GLOBAL_MODEL, told),
-            View(Position.CLIENT, Channel.GLOBAL_MODEL, client),
-            View(Position.MODEL_HOLDER, Channel.GLOBAL_MODEL, frozenset({Fact.ARCHITECTURE})),
-            *self.serving.views(),
-        ]
-        members = [Position.CLIENT]
-        if self.intruder:
-            members.append(Position.MALICIOUS_CLIENT)
-            seen.append(View(Position.MALICIOUS_CLIENT, Channel.GLOBAL_MODEL, client))
-        if self.strategy.implies_aggregate:
-            seen += [View(member, Channel.AGGREGATE, client) for member in members]
-        if not self.tls:
-            update_seen = () if parties else (update,)
-            crossing = (*update_seen, *((Channel.GLOBAL_MODEL,) if open_server else ()))
-            seen += [View(Position.EAVESDROPPER, c, tapper) for c in crossing]
-        return tuple(seen)
-
-    @staticmethod
-    def _parties_see(facts: frozenset[Fact]) -> tuple[View, ...]:
-        """Parties that add up shares; the global model is no secret to them."""
-        party, items = Position.COMPUTE_PARTY, frozenset({"update"})
-        return (
-            View(party, Channel.SHARE, facts, items),
-            View(party, Channel.GLOBAL_MODEL, facts),
+        seen = sights(
+            server_position(self.malice),
+            self.strategy,
+            self.transport,
+            intruded=self.intruder is not None,
+            open_wire=not self.tls,
         )
+        return (*seen, *self.serving.views())
 
     @property
     def compute_parties(self) -> int:
@@ -415,48 +373,3 @@ class Federated(Deployment):
             refusal = str(error)
         honest = replace(self.plan(job, honest=True), refusal=refusal)
         return honest, simulated(honest)
-
-
-def simulate(plan: Plan, workers: int, progress: Callable[[float], None]) -> tuple[Trained, int]:
-    """Run both apps on fedmi's grid: (the result, peak bytes of the worker processes)."""
-    found: list[Trained] = []
-    server = server_app(lambda _: plan, lambda _, trained: found.append(trained), progress)
-    clients = plan.schedule.clients
-    with open_grid(lambda: client_app(lambda _: plan), clients, workers) as grid:
-        server(grid, Context(RUN, 0, {}, RecordDict(), {}))
-        return found[0], grid.peak_bytes()
-
-
-def outcome(
-    plan: Plan, trained: Trained, job: Job, seconds: float, peak_memory_bytes: int
-) -> Outcome:
-    """The result with its utility, its cost, and the records behind each recorded reply."""
-    model = plan.build()
-    model.load_state_dict(dict(trained.state))
-    return Outcome(
-        state=trained.state,
-        transcripts=trained.transcripts,
-        used={at: plan.schedule.used(*at) for at in sorted(trained.replied)},
-        order={at: plan.schedule.order(*at) for at in sorted(trained.replied)},
-        utility=utility(model, job.split),
-        cost=Cost(seconds, trained.wire_bytes_up, trained.wire_bytes_down, peak_memory_bytes),
-        claims=kept_claims(plan, trained.flags),
-        flags=trained.flags | _told(plan),
-        confided=trained.confided,
-        planted=plan.planted,
-        noticed=trained.noticed,
-    )
-
-
-def _told(plan: Plan) -> frozenset[str]:
-    """Flags that follow from the plan."""
-    found = {"eval_mode_client"} if plan.work.recipe.mode == "eval" else set()
-    if plan.intruder:
-        found |= plan.intruder.flags(plan.intruder_labels, plan.classes)
-    return frozenset(found | ({f"architecture_refused: {plan.refusal}"} if plan.refusal else set()))
-
-
-def kept_claims(plan: Plan, flags: frozenset[str]) -> tuple[PrivacyClaim, ...]:
-    """The claims of the plan that the training kept to: none of clients where noise was missing."""
-    short = any(flag.partition(":")[0] == "noise_below_claim" for flag in flags)
-    return tuple(claim for claim in plan.claims if not (short and claim.unit == "client"))

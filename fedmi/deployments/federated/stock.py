@@ -15,10 +15,11 @@ from pathlib import Path
 from fedmi.deployments import saved
 from fedmi.deployments.base import DeploymentError, Job, Outcome
 from fedmi.deployments.federated.client import client_app
-from fedmi.deployments.federated.deployment import Federated, outcome
+from fedmi.deployments.federated.deployment import Federated
 from fedmi.deployments.federated.jobfile import load_plan, read_job, remove_job, write_job
 from fedmi.deployments.federated.plan import Plan, Trained
 from fedmi.deployments.federated.server import server_app
+from fedmi.deployments.federated.simulation import outcome
 from fedmi.deployments.memory import watched
 
 REFUSED = 3
