@@ -64,11 +64,12 @@ def false_alarms(run: Path) -> str:
 
 
 def imprints(results: Report) -> Iterator[tuple[str, ...]]:
-    yield ("attack", "clients x records", "bins", "SecAgg+", "recovered exactly", "expected")
+    yield ("attack", "clients x records", "pixels", "bins", "SecAgg+", "recovered exactly", "expected")
     for row in results["rows"]:
         yield (
             row["attack"],
             f"{row['clients']} x {row['records']}",
+            f"{row['side']} x {row['side']}",
             str(row["bins"]),
             "yes" if row["secagg"] else "no",
             f"{row['recovered']:.1%}",

@@ -23,6 +23,26 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "positive_control_failed": "The same attack shows no advantage clear of zero on the "
         "unprotected deployment either, so a low figure here is no evidence that a protection "
         "works: the attack may simply be too weak.",
+        "control_without_interval": "The same attack has an advantage on the unprotected "
+        "deployment, but on one target only, so nothing says that it is clear of zero.",
+        "fewer_bins_than_records": "Fewer bins of the imprint held something than the target has "
+        "records: some records share a bin.",
+        "noisy_bins": "Most bins of the imprint hold nothing like a record: noise or rounding is "
+        "above the signal.",
+        "several_local_steps": "The theory behind the attack is of one local step; clients took several.",
+        "nothing_planted": "The server sent the honest model in this round.",
+        "several_fished": "More than one record of the class was in the batch: what is inverted is "
+        "the mean of their gradients.",
+        "other_classes": "Records of other classes passed the cut-off of feature fishing too.",
+        "rank_too_high": "More tokens, or distinct prefixes, than the model is wide: the gradient "
+        "has full rank and exact recovery is impossible. Tokens are given in no order.",
+        "no_candidates": "No token at any place explains the gradient's rows: tokens are given in "
+        "no order.",
+        "sentences_not_found": "Fewer whole sentences were found than the batch has.",
+        "signal_below_rounding": "What tells sentences apart is smaller than the rounding of the "
+        "gradient to float32.",
+        "tokens_not_placed": "The tokens are known, but not all of their places.",
+        "sentences_not_separated": "Which token belongs to which sentence could not be told.",
         "no_positive_control": "No unprotected deployment of the same training regime was attacked "
         "in the same way in this run, so nothing shows that the attack works at all.",
         "interval_crosses_zero": "The 95 % interval of the advantage contains zero: on these "
@@ -287,7 +307,10 @@ def control_flags(row: LeakageRow, control: LeakageRow | None) -> tuple[str, ...
         return ("no_positive_control",)
     if not row.protections:
         return ()
-    return () if control.clear_of_zero else ("positive_control_failed",)
+    if control.clear_of_zero:
+        return ()
+    lone = not math.isfinite(control.advantage_ci_low) and control.advantage > 0
+    return ("control_without_interval",) if lone else ("positive_control_failed",)
 
 
 def compare_boxes(rows: Sequence[LeakageRow]) -> list[LeakageRow]:

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import takewhile
 
 import pandas as pd
 
@@ -220,13 +221,21 @@ def open_rows(row: LeakageRow, rows: Sequence[LeakageRow]) -> list[LeakageRow]:
 
 
 def nearest(row: LeakageRow, candidates: Sequence[LeakageRow]) -> LeakageRow | None:
-    """The one under the same swept values, then in the same serving regime, then the first."""
+    """The one under the same swept values, then in the same serving regime, then whose name begins
+    most like the row's ("gradient of 8" for "gradient of 8, DP-SGD"), then the first."""
     mine = labels_of(row.deployment)
 
-    def far(other: LeakageRow) -> tuple[int, bool]:
-        return len(labels_of(other.deployment) ^ mine), other.serving != row.serving
+    def far(other: LeakageRow) -> tuple[int, bool, int]:
+        alike = sum(
+            1 for _ in takewhile(_same, zip(other.deployment, row.deployment, strict=False))
+        )
+        return len(labels_of(other.deployment) ^ mine), other.serving != row.serving, -alike
 
     return min(candidates, key=far, default=None)
+
+
+def _same(pair: tuple[str, str]) -> bool:
+    return pair[0] == pair[1]
 
 
 def _opened(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from fedmi.attacks.base import Case
 from fedmi.attacks.engine.assembled import Assembled
 from fedmi.attacks.engine.evidence import AttackError, Evidence
-from fedmi.exposure.schema import PADDING
+from fedmi.exposure.schema import END, PADDING
 from fedmi.exposure.seeding import Seed
 from fedmi.models.text import TextClassifier
 
@@ -19,6 +19,8 @@ EXACT = 3e-5
 """Misfit of a sentence that explains its slopes, computed in float32."""
 NEAR = 1e-2
 """Misfit above which sentences that were searched for are no better than those it began with."""
+COVERED = 0.5
+"""Share of a sentence's tokens whose slopes must be known before it counts as explained."""
 BETTER = 1e-6
 KICKS = 3
 """Exchanges at random before a search begins again."""
@@ -151,7 +153,9 @@ class Exchanges:
         sizes = (found.square() + wanted.square()).sum(2).clamp_min(1e-20)
         gaps = (found - wanted).square().sum(2) / sizes * known
         result: Tensor = gaps.sum(1) / known.sum(1).clamp_min(1)
-        return result
+        # A sentence of which hardly any slope is known is unseen, not explained.
+        seen = known.sum(1) >= COVERED * (ids > END).sum(1)
+        return torch.where(seen & (known.sum(1) > 0), result, torch.ones_like(result))
 
 
 def _rows(some: Assembled, rows: Tensor) -> Assembled:

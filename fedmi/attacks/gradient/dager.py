@@ -112,7 +112,7 @@ class Dager(ClosedForm[None]):
             return self._unordered(case, evidence, tokens)
         pairs = self._pairs(case, evidence, block, read, tokens)
         if pairs is None:
-            return self._flagged(case, evidence, NO_PAIRS)
+            return self._unordered(case, evidence, tokens, NO_PAIRS)
         found = self._searched(case, evidence, block, pairs, mixed)
         if self.embedding_rows:
             found = confirmed(block.network, evidence, found, self.tolerance)
@@ -163,11 +163,13 @@ class Dager(ClosedForm[None]):
             rng,
         )
 
-    def _unordered(self, case: Case, evidence: Evidence, tokens: Tensor | None) -> Reconstruction:
+    def _unordered(
+        self, case: Case, evidence: Evidence, tokens: Tensor | None, why: str = RANK
+    ) -> Reconstruction:
         """The tokens that occurred, dealt to the sentences in no order; blind where unknown."""
-        if tokens is None:
-            return self._flagged(case, evidence, RANK)
-        flagged = replace(evidence, flags=evidence.flags | {RANK})
+        if tokens is None or not len(tokens):
+            return self._flagged(case, evidence, why)
+        flagged = replace(evidence, flags=evidence.flags | {why})
         return answered(case, flagged, bags(tokens, evidence.records, evidence.input_shape[2]))
 
     def _flagged(self, case: Case, evidence: Evidence, flag: str) -> Reconstruction:

@@ -51,6 +51,8 @@ class GANClient(Attack):
 
     channels: ClassVar = frozenset({Channel.GLOBAL_MODEL})
     needs: ClassVar = frozenset({Fact.ARCHITECTURE})
+    uses: ClassVar = frozenset({Fact.PUBLIC_DATA})
+    """For the blind guess alone: the mean of public records is near to any class's."""
     exploits: ClassVar = frozenset({"gan"})
     reads_schemas: ClassVar = frozenset({"pixels"})
 

@@ -27,7 +27,8 @@ def notice(plan: Plan, client: int, round: int, sent: Tensors, context: Context)
     before = state.array_records.get(BEFORE)
     seen = received(plan, client, round, sent, wire.to_tensors(before) if before else None)
     with one_thread(), drawn_from(plan.schedule.client_seed(round, client).child("detectors")):
-        values = {f"{round}/{d.kind}": d.measure(seen) for d in plan.detectors}
+        able = [d for d in plan.detectors if len(seen.labels) >= d.fewest]
+        values = {f"{round}/{d.kind}": d.measure(seen) for d in able}
     known = state.config_records.get(MEASURED, ConfigRecord())
     state.config_records[MEASURED] = ConfigRecord({**known, **values})
     state.array_records[BEFORE] = wire.to_record(sent)

@@ -99,6 +99,9 @@ class Detector(Component):
     of_model_alone: ClassVar[bool] = False
     """Whether it reads nothing of the client's own: all clients sent the same then agree."""
 
+    fewest: ClassVar[int] = 1
+    """Records of a first step below which it has nothing to measure."""
+
     @abstractmethod
     def statistic(self, seen: Received) -> float:
         """Higher is more suspicious; infinite where nothing honest can look so."""

@@ -32,6 +32,8 @@ class GradientSNR(Detector):
         default=64, ge=2, le=4096, description="records of the first batch that are looked at"
     )
 
+    fewest: ClassVar = 2
+
     def statistic(self, seen: Received) -> float:
         return signal_to_noise(seen.norms(self.records))
 
