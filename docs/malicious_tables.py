@@ -64,7 +64,8 @@ def false_alarms(run: Path) -> str:
 
 
 def imprints(results: Report) -> Iterator[tuple[str, ...]]:
-    yield ("attack", "clients x records", "pixels", "bins", "SecAgg+", "recovered exactly", "expected")
+    where = ("attack", "clients x records", "pixels", "bins", "SecAgg+")
+    yield (*where, "recovered exactly", "expected")
     for row in results["rows"]:
         yield (
             row["attack"],

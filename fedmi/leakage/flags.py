@@ -29,7 +29,8 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "records: some records share a bin.",
         "noisy_bins": "Most bins of the imprint hold nothing like a record: noise or rounding is "
         "above the signal.",
-        "several_local_steps": "The theory behind the attack is of one local step; clients took several.",
+        "several_local_steps": "The theory behind the attack is of one local step; clients took "
+        "several.",
         "nothing_planted": "The server sent the honest model in this round.",
         "several_fished": "More than one record of the class was in the batch: what is inverted is "
         "the mean of their gradients.",
