@@ -43,9 +43,8 @@ def test_a_table_knows_the_places_of_its_columns() -> None:
     assert TABLE.entries == 5
 
 
-def test_the_typical_row_has_the_commonest_level_and_the_mean() -> None:
-    typical = TABLE.typical(rows((0.2, 1, 0.0), (0.4, 1, 1.0), (0.6, 2, 0.5)))
-    assert typical is not None
+def test_the_typical_row_has_the_commonest_level_and_the_median() -> None:
+    typical = TABLE.typical(rows((0.2, 1, 0.0), (0.4, 1, 1.0), (0.9, 2, 0.5)))
     assert torch.allclose(typical, rows((0.4, 1, 0.5)))
 
 
@@ -60,8 +59,9 @@ def test_sentences_cost_the_words_that_are_wrong() -> None:
     assert cost.tolist() == [[0, 4], [1, 1]]
 
 
-def test_no_sentence_is_typical_and_padding_says_nothing() -> None:
-    assert TEXT.typical(sentences([2, 4, 3])) is None
+def test_the_typical_sentence_has_the_commonest_tokens_and_padding_says_nothing() -> None:
+    typical = TEXT.typical(sentences([2, 4, 5, 3], [2, 4, 6, 3], [2, 8, 6, 7]))
+    assert torch.equal(typical, sentences([2, 4, 6, 3]))
     assert not TEXT.missing((2, 1, 1, 8)).any()
 
 

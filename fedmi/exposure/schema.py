@@ -39,7 +39,7 @@ class SchemaBase(BaseModel):
         return distance.square()
 
     @abstractmethod
-    def typical(self, records: Tensor) -> Tensor | None:
+    def typical(self, records: Tensor) -> Tensor:
         """[n, C, H, W] -> [1, C, H, W]: the best single guess at any record of their kind."""
 
 
@@ -48,7 +48,7 @@ class Pixels(SchemaBase):
 
     kind: Literal["pixels"] = "pixels"
 
-    def typical(self, records: Tensor) -> Tensor | None:
+    def typical(self, records: Tensor) -> Tensor:
         return records.mean(0, keepdim=True)
 
 
@@ -113,15 +113,16 @@ class Table(SchemaBase):
                 parts.append((first - second.T).abs())
         return torch.stack(parts).mean(0)
 
-    def typical(self, records: Tensor) -> Tensor | None:
-        """The commonest level of a categorical column, the mean of a number."""
+    def typical(self, records: Tensor) -> Tensor:
+        """The commonest level of a categorical column, the median of a number."""
         rows, found = records.flatten(1), []
         for column, place in zip(self.columns, self.places, strict=True):
-            mean = rows[:, place].mean(0)
+            own = rows[:, place]
             if column.levels:
-                found.append(torch.nn.functional.one_hot(mean.argmax(), column.width).to(mean))
+                commonest = own.sum(0).argmax()
+                found.append(torch.nn.functional.one_hot(commonest, column.width).to(own))
             else:
-                found.append(mean)
+                found.append(own.median(0).values)
         return torch.cat(found).reshape(1, *records.shape[1:])
 
 
@@ -153,9 +154,9 @@ class Text(SchemaBase):
         wrong = (ours[:, None] != theirs[None]) & (theirs[None] > END)
         return wrong.sum(2).to(torch.float32)
 
-    def typical(self, records: Tensor) -> Tensor | None:
-        """No sentence stands for all others."""
-        return None
+    def typical(self, records: Tensor) -> Tensor:
+        """The commonest token at each place."""
+        return records.flatten(1).mode(0).values.reshape(1, *records.shape[1:])
 
     def words(self, record: Tensor) -> list[str]:
         """One record, of any shape, as words; special tokens are left out."""
