@@ -41,7 +41,8 @@ class Job:
     `directory` is for transcripts that spill and working files. `record` names the rounds whose
     per-client items are wanted (the global model of those rounds and the finished one always
     are); `confide`, whether to keep what clients of those rounds could tell as colluders.
-    `audit_seed` draws an audit's canaries (the job's own seed, if none). `workers` is how many
+    `audit_seed` draws an audit's canaries (the job's own seed, if none). `start` is the state that
+    training starts from; None draws one from the seed. `workers` is how many
     processes may train at once; it never changes the result.
     `progress` takes the share done, 0 to 1.
     """
@@ -54,8 +55,18 @@ class Job:
     record: frozenset[int] = frozenset()
     confide: bool = False
     audit_seed: Seed | None = None
+    start: Mapping[str, Tensor] | None = None
     workers: int = 1
     progress: Callable[[float], None] = lambda share: None
+
+    def initial(self) -> nn.Module:
+        """What training starts from, the caller's to train; RuntimeError where `start` is of
+        another architecture."""
+        private = self.split.private
+        module = self.model.build(private.shape, self.split.classes, self.seed.child("model"))
+        if self.start is not None:
+            module.load_state_dict(dict(self.start))
+        return module
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Centralized(Deployment):
         work = self.work(self.recipe or job.recipe)
         seed = job.seed.child(self.kind)
         steps = batches(len(private), work, seed.child("batches"))
-        model = job.model.build(private.shape, job.split.classes, job.seed.child("model"))
+        model = job.initial()
         inputs, labels = torch.from_numpy(private.inputs), torch.from_numpy(private.labels)
         setting = self.setting(
             job.model.blueprint(private.shape, job.split.classes),

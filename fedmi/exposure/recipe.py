@@ -19,6 +19,23 @@ class Recipe(BaseModel):
     )
 
 
+class Pretraining(Recipe):
+    """What everybody starts from: a model that somebody trained on the public records.
+
+    Fine-tuning, as most federations of today do it. The model is known to all, as an initial
+    model is, and a twin starts from the very same one.
+    """
+
+    epochs: int = Field(
+        default=0, ge=0, le=10_000, description="passes over the public records; 0 = none"
+    )
+
+    @property
+    def work(self) -> "LocalWork":
+        named = {name: getattr(self, name) for name in Recipe.model_fields}
+        return LocalWork(recipe=Recipe(**named), epochs=max(1, self.epochs))
+
+
 class LocalWork(BaseModel):
     """The work one party does in one round; exactly one of `epochs` and `steps` counts.
 

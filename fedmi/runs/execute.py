@@ -26,14 +26,22 @@ from fedmi.runs.environment import environment
 from fedmi.runs.pool import Finished, Inline, Pool, RayPool
 from fedmi.runs.progress import Board
 from fedmi.runs.provenance import made_by
-from fedmi.runs.training import judge, serve, train
-from fedmi.scenario.cells import AttackCell, JudgeCell, Plan, ServedCell, TrainingCell, plan
+from fedmi.runs.training import judge, pretrain, serve, train
+from fedmi.scenario.cells import (
+    AttackCell,
+    JudgeCell,
+    Plan,
+    PretrainingCell,
+    ServedCell,
+    TrainingCell,
+    plan,
+)
 from fedmi.scenario.loading import load, to_toml
 from fedmi.scenario.schema import Scenario
 
 __all__ = ["DataFrame", "Results", "rebuild", "run"]
 
-Cell = TrainingCell | ServedCell | JudgeCell | AttackCell
+Cell = PretrainingCell | TrainingCell | ServedCell | JudgeCell | AttackCell
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -96,7 +104,8 @@ def rebuild(path: Path) -> Results:
 def _work_off(
     todo: Plan, directory: RunDirectory, jobs: int | None, address: str | None, quiet: bool
 ) -> tuple[dict[str, str], bool]:
-    cells: list[Cell] = [*todo.trainings, *todo.served, *todo.judges, *todo.attacks]
+    cells: list[Cell] = [*todo.pretrainings, *todo.trainings]
+    cells += [*todo.served, *todo.judges, *todo.attacks]
     if stale := [cell for cell in cells if _stale(cell, directory)]:
         _say(f"{len(stale)} cells were made by other code and are done anew", quiet)
         for cell in stale:
@@ -175,7 +184,7 @@ class Queue:
     def _needed(self, key: str) -> Mapping[str, Cell]:
         """What a waiting cell builds on, by key; making a key is dear, so it is made once."""
         if key not in self.built_on:
-            self.built_on[key] = {need.key: need for need in needs(self.waiting[key])}
+            self.built_on[key] = {need.key: need for need in self.waiting[key].needs}
         return self.built_on[key]
 
     def _start(self, key: str, workers: int) -> None:
@@ -209,14 +218,9 @@ def no_room(error: OSError) -> RunError:
     )
 
 
-def needs(cell: Cell) -> tuple[Cell, ...]:
-    """The cells that must be finished before this one."""
-    if isinstance(cell, ServedCell):
-        return (cell.training,)
-    return cell.needs if isinstance(cell, AttackCell) else ()
-
-
 def work(cell: Cell, directory: RunDirectory, workers: int) -> Callable[[], None]:
+    if isinstance(cell, PretrainingCell):
+        return partial(pretrain, cell, directory)
     if isinstance(cell, TrainingCell):
         return partial(train, cell, directory, workers)
     if isinstance(cell, ServedCell):
@@ -235,6 +239,8 @@ def title(cell: Cell, swept: Mapping[str, str] = MappingProxyType({})) -> str:
         training = cell.training
         twin = "" if training.twin == "none" else f" ({training.twin} twin)"
         return f"serve {swept.get(cell.key, training.deployment.name)}{twin}, seed {training.seed}"
+    if isinstance(cell, PretrainingCell):
+        return f"pretrain {cell.model.kind}, seed {cell.seed}"
     if isinstance(cell, JudgeCell):
         return f"train evaluator, seed {cell.seed}"
     where = f"{cell.deployment_title}, {cell.attack.channel}"
@@ -247,6 +253,8 @@ def group(cell: Cell) -> str:
         return f"train {cell.deployment.name}"
     if isinstance(cell, ServedCell):
         return f"serve {cell.training.deployment.name}"
+    if isinstance(cell, PretrainingCell):
+        return f"pretrain {cell.model.kind}"
     if isinstance(cell, JudgeCell):
         return "judge"
     return f"{cell.attack_title} on {cell.deployment_title}, {cell.attack.channel}"

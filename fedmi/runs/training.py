@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmi.data.records import Split
 from fedmi.deployments import saved, saved_service
-from fedmi.deployments.base import Job, Outcome
+from fedmi.deployments.base import DeploymentError, Job, Outcome
+from fedmi.deployments.determinism import drawn_from
 from fedmi.deployments.serving.base import Rehearsal, Site, Trained
 from fedmi.exposure.observation import Transcript
 from fedmi.exposure.payload import StoredTensors, store
@@ -18,10 +19,13 @@ from fedmi.exposure.seeding import Seed
 from fedmi.metrics.judge import Judge, train_judge
 from fedmi.runs.directory import RunDirectory, writing
 from fedmi.runs.provenance import marked
-from fedmi.scenario.cells import JudgeCell, ServedCell, TrainingCell
+from fedmi.scenario.cells import JudgeCell, PretrainingCell, ServedCell, TrainingCell
+from fedmi.training.local import DivergedError, batches, fit
+
+START = "start.safetensors"
 
 
-def split_of(cell: TrainingCell | JudgeCell) -> Split:
+def split_of(cell: PretrainingCell | TrainingCell | JudgeCell) -> Split:
     """The private side of things; the same for every deployment of a seed."""
     return cell.data.split(Seed.root(cell.seed).child("data"))
 
@@ -34,6 +38,43 @@ def training_split(cell: TrainingCell) -> Split:
     if cell.twin == "relabelled":
         return split.relabelled_twin(seed)
     return split
+
+
+def pretrain(cell: PretrainingCell, directory: RunDirectory) -> None:
+    """Train on the public records; DeploymentError where it diverges or classes differ."""
+    torch.set_num_threads(1)
+    marker = marked("pretraining", cell)
+    with writing(directory, cell.key, marker) as scratch:
+        start = time.monotonic()
+        model = pretrained(cell, split_of(cell), told(scratch))
+        store(model.state_dict(), scratch / START)
+        marker["seconds"] = time.monotonic() - start
+
+
+def pretrained(cell: PretrainingCell, split: Split, progress: Callable[[float], None]) -> nn.Module:
+    """The model as drawn for this seed, then trained on the public records."""
+    if not split.shared_classes:
+        raise DeploymentError(
+            "[pretraining] the public records are of other classes than the private ones, so that "
+            "no classifier of these can be trained on them; leave pretraining out"
+        )
+    work, seed, public = cell.pretraining.work, Seed.root(cell.seed), split.public
+    model = cell.model.build(public.shape, split.classes, seed.child("model"))
+    inputs, labels = torch.from_numpy(public.inputs), torch.from_numpy(public.labels)
+    seed = seed.child("pretraining")
+    steps = batches(len(public), work, seed.child("batches"))
+    with drawn_from(seed.child("module")):
+        try:
+            fit(model, inputs, labels, steps, work, progress)
+        except DivergedError as error:
+            raise DeploymentError(f"[pretraining] diverged: {error}") from error
+    return model
+
+
+def started(cell: TrainingCell, directory: RunDirectory) -> Mapping[str, Tensor] | None:
+    """The state of the cell that the training builds on, if any."""
+    found = [directory.cell(one.key) / START for one in cell.needs]
+    return dict(StoredTensors(found[0])) if found else None
 
 
 def train(cell: TrainingCell, directory: RunDirectory, workers: int) -> None:
@@ -49,6 +90,7 @@ def train(cell: TrainingCell, directory: RunDirectory, workers: int) -> None:
             record=frozenset(cell.record),
             confide=cell.confide,
             audit_seed=audit_seed(cell),
+            start=started(cell, directory),
             workers=workers,
             progress=told(scratch),
         )

@@ -6,14 +6,14 @@ A plan is sweep x seeds x deployments x attacks, each cell once.
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from fedmi.attacks.base import Attack
 from fedmi.data.dataset import DataError
 from fedmi.deployments.serving.exact import Exact
-from fedmi.exposure.recipe import Recipe
+from fedmi.exposure.recipe import Pretraining, Recipe
 from fedmi.exposure.words import PER_ROUND
 from fedmi.scenario.errors import ScenarioError, choice
 from fedmi.scenario.keys import content_key
@@ -32,6 +32,22 @@ from fedmi.scenario.threat import applies, inside, problems, reads_model
 Twin = Literal["none", "disjoint", "relabelled", "recoined"]
 
 
+class PretrainingCell(BaseModel):
+    """One training of the model that everybody starts from, on the public records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: AnyDataset
+    model: AnyModel
+    pretraining: Pretraining
+    seed: int
+    needs: ClassVar[tuple[()]] = ()
+
+    @property
+    def key(self) -> str:
+        return content_key("pretraining", [self, self.data.fingerprint()])
+
+
 class TrainingCell(BaseModel):
     """One training of one deployment, on the private records or on a twin of them.
 
@@ -44,6 +60,7 @@ class TrainingCell(BaseModel):
     data: AnyDataset
     model: AnyModel
     recipe: Recipe
+    pretraining: Pretraining = Pretraining()
     deployment: AnyDeployment
     seed: int
     twin: Twin
@@ -54,6 +71,17 @@ class TrainingCell(BaseModel):
     def network(self) -> AnyModel:
         """The architecture that is trained."""
         return self.deployment.builds(self.model)
+
+    @property
+    def needs(self) -> tuple[PretrainingCell, ...]:
+        """The cell it builds on: none where it starts from scratch. Twins start alike."""
+        if not self.pretraining.epochs:
+            return ()
+        return (
+            PretrainingCell(
+                data=self.data, model=self.network, pretraining=self.pretraining, seed=self.seed
+            ),
+        )
 
     @property
     def key(self) -> str:
@@ -74,6 +102,10 @@ class ServedCell(BaseModel):
     training: TrainingCell
 
     @property
+    def needs(self) -> tuple[TrainingCell]:
+        return (self.training,)
+
+    @property
     def key(self) -> str:
         return content_key("served", [self.training.key, self.training.deployment.serving])
 
@@ -86,6 +118,7 @@ class JudgeCell(BaseModel):
     data: AnyDataset
     evaluator: AnyModel
     seed: int
+    needs: ClassVar[tuple[()]] = ()
 
     @property
     def key(self) -> str:
@@ -132,6 +165,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scenario: Scenario
+    pretrainings: tuple[PretrainingCell, ...]
     trainings: tuple[TrainingCell, ...]
     served: tuple[ServedCell, ...]
     judges: tuple[JudgeCell, ...]
@@ -181,8 +215,10 @@ class Planner:
                         served.setdefault(item.key, item)
                 judges.setdefault(attack_cell.judge.key, attack_cell.judge)
                 attacks.setdefault(attack_cell.key, attack_cell)
+        starts = {one.key: one for cell in trainings.values() for one in cell.needs}
         return Plan(
             scenario=self.scenario,
+            pretrainings=tuple(starts.values()),
             trainings=tuple(trainings.values()),
             served=tuple(served.values()),
             judges=tuple(judges.values()),
@@ -306,6 +342,7 @@ def _bare(point: Point, index: int, seed: int, twin: Twin) -> TrainingCell:
         data=point.scenario.data,
         model=point.scenario.model,
         recipe=deployment.recipe or point.scenario.training,
+        pretraining=point.scenario.pretraining,
         deployment=deployment if twin == "none" else deployment.unwatched(),
         seed=seed,
         twin=twin,

@@ -187,6 +187,8 @@ def _coalition(attack: Attack, deployment: Deployment) -> str:
 
 
 def _cells(plan: Plan, titles: dict[str, str]) -> Iterator[Cell]:
+    for start in plan.pretrainings:
+        yield Cell(start.key, "pretrain", start.model.kind, start.seed)
     for cell in plan.trainings:
         twin = "" if cell.twin == "none" else f" ({cell.twin} twin)"
         yield Cell(cell.key, "train", titles[cell.key] + twin, cell.seed)

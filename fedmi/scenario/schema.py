@@ -10,7 +10,7 @@ from fedmi.attacks.base import Attack
 from fedmi.data.dataset import Dataset
 from fedmi.deployments.base import Deployment
 from fedmi.exposure.component import OneOf, components
-from fedmi.exposure.recipe import Recipe
+from fedmi.exposure.recipe import Pretraining, Recipe
 from fedmi.metrics.base import Metric
 from fedmi.models.base import ModelSpec
 from fedmi.scenario.errors import choice, listed
@@ -48,6 +48,7 @@ class Scenario(BaseModel):
     data: AnyDataset
     model: AnyModel
     training: Recipe = Recipe()
+    pretraining: Pretraining = Pretraining()
     evaluator: AnyModel
     deployment: tuple[AnyDeployment, ...] = Field(min_length=1)
     attack: tuple[AnyAttack, ...] = Field(min_length=1)

@@ -12,7 +12,7 @@ from fedmi.scenario.paths import NAMED, PathError, Raw, put, steps
 from fedmi.scenario.raw import brief
 from fedmi.scenario.schema import Scenario
 
-ROOTS = ("data", "model", "training", "evaluator", *NAMED)
+ROOTS = ("data", "model", "training", "pretraining", "evaluator", *NAMED)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Point:
     def deployment_title(self, index: int) -> str:
         """A deployment with a recipe of its own does not feel a sweep of [training]."""
         deployment = self.scenario.deployment[index]
-        felt = {"data", "model", "evaluator"} | ({"training"} if not deployment.recipe else set())
+        felt = {"data", "model", "pretraining", "evaluator"} | (
+            {"training"} if not deployment.recipe else set()
+        )
         mine = [
             label.text
             for label in self.labels
@@ -98,7 +100,8 @@ def _label(raw: Raw, path: str, chosen: dict[str, JsonValue]) -> Label:
     way = steps(raw, path)
     index = way[1] if len(way) > 1 and isinstance(way[1], int) else None
     last = str(way[-1])
-    name = last if sum(other.split(".")[-1] == last for other in chosen) == 1 else path
+    alone = sum(other.split(".")[-1] == last for other in chosen) == 1
+    name = last if alone and way[0] != "pretraining" else path
     return Label(f"{name}={_short(chosen[path])}", str(way[0]), index)
 
 

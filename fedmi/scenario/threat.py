@@ -57,6 +57,11 @@ def problems(scenario: Scenario, card: Card) -> list[str]:
         or _architecture(scenario, card)
         or list(_untrainable(scenario, card))
     )
+    if scenario.pretraining.epochs and card.identities:
+        found.append(
+            "[pretraining] a class is one person here, so that public records are of other classes "
+            "than the private ones: no classifier of these can be trained on them"
+        )
     for attack in scenario.attack:
         place = f'[[attack]] "{attack.title}"'
         checks = (

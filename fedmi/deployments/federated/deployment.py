@@ -344,6 +344,7 @@ class Federated(Deployment):
             agreed=agreed,
             detectors=self.detectors,
             intruder=self.intruder,
+            start=job.start if model == self.builds(job.model) else None,
         )
         if self.intruder and (why := self.intruder.misplaced(plan.intruder_labels, plan.classes)):
             raise DeploymentError(f"'{self.name}': intruder {self.intruder.kind}: {why}")

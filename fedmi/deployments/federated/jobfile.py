@@ -16,12 +16,13 @@ from fedmi.deployments.base import Job
 from fedmi.deployments.federated.deployment import Federated
 from fedmi.deployments.federated.plan import Plan
 from fedmi.exposure.component import OneOf
+from fedmi.exposure.payload import StoredTensors, store
 from fedmi.exposure.recipe import Recipe
 from fedmi.exposure.schema import Schema
 from fedmi.exposure.seeding import Seed
 from fedmi.models.base import ModelSpec
 
-SETTINGS, RECORDS = "job.json", "records.npz"
+SETTINGS, RECORDS, START = "job.json", "records.npz", "start.safetensors"
 SIDES = ("private", "held_out", "public", "basis")
 ARRAYS = tuple(field.name for field in fields(Records) if field.name != "schema")
 
@@ -35,6 +36,8 @@ def write_job(deployment: Federated, job: Job, directory: Path) -> None:
         if records is not None:
             arrays |= {f"{side}.{name}": getattr(records, name) for name in ARRAYS}
     np.savez(directory / RECORDS, allow_pickle=False, **arrays)
+    if job.start is not None:
+        store(job.start, directory / START)
     settings = {
         "deployment": deployment.model_dump(mode="json"),
         "model": job.model.model_dump(mode="json"),
@@ -80,12 +83,13 @@ def read_job(directory: Path) -> tuple[Federated, Job]:
         record=frozenset(settings["record"]),
         confide=settings["confide"],
         workers=settings["workers"],
+        start=dict(StoredTensors(start)) if (start := directory / START).is_file() else None,
     )
     return Federated.model_validate(settings["deployment"]), job
 
 
 def remove_job(directory: Path) -> None:
-    for name in (SETTINGS, RECORDS):
+    for name in (SETTINGS, RECORDS, START):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -42,7 +42,7 @@ class Plan:
     server: who runs it. pinned: name -> shape of the only tensors clients take for a model; None =
     they take what they are sent. public: the adversary's own records. agreed: name -> shape of the
     architecture that all agreed on; detectors: what every client measures of what it is sent.
-    intruder: what a malicious client does.
+    intruder: what a malicious client does. start: the initial state; None = drawn from model_seed.
     encrypted: nobody but server and clients reads the messages.
     """
 
@@ -68,6 +68,7 @@ class Plan:
     agreed: Mapping[str, tuple[int, ...]]
     detectors: tuple[Detector, ...] = ()
     intruder: Intruder | None = None
+    start: Mapping[str, Tensor] | None = None
     refusal: str = ""
     """Why clients refused what the server wanted at first."""
 
@@ -170,7 +171,10 @@ class Plan:
 
     @cached_property
     def _initial(self) -> nn.Module:
-        return self.model.build(self.private.shape, self.classes, self.model_seed)
+        module = self.model.build(self.private.shape, self.classes, self.model_seed)
+        if self.start is not None:
+            module.load_state_dict(dict(self.start))
+        return module
 
 
 def server_position(malice: Malice | None) -> Position:

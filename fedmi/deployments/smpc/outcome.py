@@ -55,7 +55,7 @@ def train(plan: Plan, job: Job, positions: Iterable[Position]) -> Outcome:
 
     positions: who has a transcript. Raises DeploymentError.
     """
-    model = job.model.build(plan.shape, plan.classes, job.seed.child("model"))
+    model = job.initial()
     check_restated(plan, model, job.split)
     plain = in_clear(plan, model, job.split)
     masked = plan.scheme.protocol != "cheetah"
