@@ -34,19 +34,31 @@ def load_plan(context: Context) -> Plan:
 @cache
 def _plan(path: Path, name: str, seed: int, out: str) -> Plan:
     from fedmi.deployments.base import Job
+    from fedmi.runs.training import pretrained
+    from fedmi.scenario.cells import PretrainingCell
     from fedmi.scenario.loading import load
 
     scenario = load(path)
     known = {item.name: item for item in scenario.deployment if isinstance(item, Federated)}
     if name not in known:
         raise RunError(f"{path} has no federated deployment '{name}'; it has {sorted(known)}")
-    root = Seed.root(seed)
+    root, start = Seed.root(seed), None
+    split = scenario.data.split(root.child("data"))
+    if scenario.pretraining.epochs:
+        cell = PretrainingCell(
+            data=scenario.data,
+            model=known[name].builds(scenario.model),
+            pretraining=scenario.pretraining,
+            seed=seed,
+        )
+        start = pretrained(cell, split, lambda share: None).state_dict()
     job = Job(
-        split=scenario.data.split(root.child("data")),
+        split=split,
         model=scenario.model,
         recipe=scenario.training,
         seed=root,
         directory=Path(out or mkdtemp(prefix="fedmi-flower-")),
+        start=start,
     )
     return known[name].plan(job)
 

@@ -16,12 +16,13 @@ from fedmi.deployments.federated.deployment import Federated
 from fedmi.deployments.federated.jobfile import read_job, remove_job, write_job
 from fedmi.exposure.seeding import Seed
 from fedmi.exposure.words import Position
+from fedmi.flower import _plan
 from fedmi.runs.directory import RunDirectory
 from fedmi.runs.execute import run
 from fedmi.runs.training import pretrained, split_of
 from fedmi.scenario.cells import Plan, TrainingCell, plan
 from fedmi.scenario.errors import ScenarioError
-from fedmi.scenario.loading import from_raw
+from fedmi.scenario.loading import from_raw, to_toml
 from fedmi.training.local import evaluate
 from tests.scenarios import base
 
@@ -118,3 +119,13 @@ def test_a_job_file_keeps_the_start(tmp_path: Path) -> None:
     assert all(torch.equal(kept[name], state[name]) for name in state)
     remove_job(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_flowers_own_runtime_starts_from_the_same_model(tmp_path: Path) -> None:
+    todo = planned()
+    (start,) = todo.pretrainings
+    file = tmp_path / "mine.toml"
+    file.write_text(to_toml(todo.scenario), encoding="utf-8")
+    seen = _plan(file, "fl", 1, str(tmp_path)).build().state_dict()
+    expected = pretrained(start, split_of(start), lambda share: None).state_dict()
+    assert all(torch.equal(seen[name], expected[name]) for name in expected)
