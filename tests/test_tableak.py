@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fedmi.attacks.base import Attack, Case, Reconstruction
+from fedmi.attacks.engine.adaptive import adapted
 from fedmi.attacks.engine.ensemble import aligned, entropies, pooled
 from fedmi.attacks.engine.evidence import AttackError, read
 from fedmi.attacks.engine.tables import RelaxedRows, as_rows, as_shares
@@ -251,6 +252,24 @@ class TestTabLeak:
         for name, part in turned.gradient.items():
             torch.testing.assert_close(part, expected[name], atol=1e-5, rtol=1e-4)
         assert not turned.gradient["1.weight"].equal(seen.gradient["1.weight"])
+
+    def test_of_a_pruned_update_only_what_both_entries_are_left_of_is_matched(self) -> None:
+        inputs, labels = rows(5, 1)
+        whole = gradient((inputs, labels))
+        line = torch.cat([part.abs().flatten() for part in whole.values()]).quantile(0.5)
+        left = {name: part * (part.abs() >= line) for name, part in whole.items()}
+        cases = [case_of([part], [5], public=rows(300, 9)) for part in (whole, left)]
+        object.__setattr__(cases[1].knowledge, "protections", ("gradient_pruning(0.5)",))
+        turn = whitening(cases[0], SCHEMA)
+        assert turn is not None
+        (seen,), (cut,) = (read(case, Channel.GRADIENT) for case in cases)
+        expected, turned = turn.evidence(seen), turn.evidence(adapted(cases[1], cut))
+        assert turned.support is not None
+        kept = turned.support["1.weight"]
+        assert 0 < kept.sum() < (cut.gradient["1.weight"] != 0).sum()
+        torch.testing.assert_close(
+            turned.gradient["1.weight"][kept], expected.gradient["1.weight"][kept]
+        )
 
     def test_a_uniformly_masked_update_tells_no_more_than_that_of_others(self) -> None:
         truth, others = ([rows(2, seed + shift) for seed in range(8)] for shift in (0, 100))

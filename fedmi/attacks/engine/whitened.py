@@ -41,7 +41,15 @@ class Whitening:
             base=base,
             gradient=self._turned(seen.gradient),
             descent=self._turned(seen.descent),
+            support=self._supported(seen.support),
         )
+
+    def _supported(self, support: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        """A turned entry needs its own and its row's entry of the bias."""
+        weight, bias = f"{self.layer}.weight", f"{self.layer}.bias"
+        if support is None or bias not in support:
+            return support
+        return {**support, weight: support[weight] & support[bias][:, None]}
 
     def _turned(self, slopes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight, bias = f"{self.layer}.weight", f"{self.layer}.bias"

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmi.attacks.base import Case, Reconstruction
+from fedmi.attacks.engine.adaptive import PRUNING
 from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.ensemble import aligned, entropies, pooled
 from fedmi.attacks.engine.evidence import UPDATES, Evidence
@@ -29,9 +30,9 @@ class TabLeak(GradientMatching):
     over all of them (`ensemble.entropies`). Else the search of least loss is the answer, and its
     loss the confidence. The answer is valid rows: the largest level, a number in [0, 1].
 
-    A single clean gradient of a model whose first layer is linear is matched in standardised
-    columns (`whiten`, see `engine.whitened`): the paper's models are fed such columns, which ours
-    need not be. An update of several steps is simulated, and matched as it is.
+    A single clean or pruned gradient of a model whose first layer is linear is matched in
+    standardised columns (`whiten`, see `engine.whitened`): the paper's models are fed such columns,
+    which ours need not be. An update of several steps is simulated, and matched as it is.
 
     Threat model: honest-but-curious, sees one update and the model it started from; the meaning of
     the columns is known. Labels and batch order are used where granted, recovered or tried if not
@@ -105,8 +106,9 @@ class TabLeak(GradientMatching):
         return turn.evidence(planned) if turn else planned
 
     def _turn(self, case: Case, evidence: Evidence) -> Whitening | None:
-        """Not of several steps, whose path it would change, nor of what a protection changed."""
-        changed = bool(case.knowledge.protections) or evidence.support is not None
+        """Not of several steps, whose path it would change, nor of what more than pruning changed:
+        noise would grow with the entries that hardly vary."""
+        changed = any(PRUNING not in title for title in case.knowledge.protections)
         if not self.whiten or changed or self.simulates(evidence):
             return None
         return whitening(case, table_of(case))
