@@ -65,8 +65,9 @@ def false_alarms(run: Path) -> str:
 
 def imprints(results: Report) -> Iterator[tuple[str, ...]]:
     where = ("attack", "clients x records", "pixels", "bins", "SecAgg+")
-    yield (*where, "recovered exactly", "expected")
+    yield (*where, "recovered exactly", "least to most", "trials", "prior-only", "expected")
     for row in results["rows"]:
+        shares = [trial["recovered"] for trial in row["trials"]]
         yield (
             row["attack"],
             f"{row['clients']} x {row['records']}",
@@ -74,6 +75,9 @@ def imprints(results: Report) -> Iterator[tuple[str, ...]]:
             str(row["bins"]),
             "yes" if row["secagg"] else "no",
             f"{row['recovered']:.1%}",
+            f"{min(shares):.1%} to {max(shares):.1%}",
+            str(len(shares)),
+            f"{row['prior_only']:.1%}",
             f"{row['expected']:.1%}",
         )
 
