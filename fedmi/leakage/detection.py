@@ -1,7 +1,7 @@
 """What careful clients would have noticed: rates of detection at few false alarms, with intervals.
 
-For each deployment with altered rounds and each detector. The threshold comes from half of the
-honest measurements that can be had in the run, the rate of false alarms from the other half.
+For each deployment with altered rounds and each detector. An altered model is held against honest
+ones of about the same round, of other seeds where there are several: see `calibration`.
 """
 
 import math
@@ -11,19 +11,14 @@ from dataclasses import asdict, dataclass, fields
 import pandas as pd
 
 from fedmi.deployments.base import Noticed
-from fedmi.leakage.resampling import wilson
+from fedmi.exposure.seeding import Seed
+from fedmi.leakage.calibration import ALLOWED, ENOUGH, Calibration, Honest, Threshold
+from fedmi.leakage.clusters import clustered_share
 
-ALLOWED = 0.01
-"""Share of the calibrating measurements that may lie above the threshold."""
-ENOUGH = 100
-"""Fewer calibrating measurements than this support no rate of one per cent."""
 SAME = 1e-3
 """Relative difference up to which two values of one round and client are one measurement."""
 OFTEN = 0.5
 """A detector that detects in more than this share of the cases has noticed the alteration."""
-
-Honest = tuple[int, int, int, float]
-"""(seed, round, client, value); client -1 where all clients measure alike."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +43,17 @@ class Watched:
 
 @dataclass(frozen=True)
 class Detection:
-    """One detector on one deployment, over all seeds.
+    """One detector on one deployment, over all seeds and altered rounds.
 
-    threshold: alarm where the statistic is larger; NaN where nothing honest was measured.
-    calibrated_on, calibration_alarms: measurements behind it, and how many of these lie above.
-    honest, false_alarms: of the other half, which had no part in the threshold. altered, detected:
-    (client, altered round, seed). independent: of these, how many the interval counts: one a round
-    and seed where the statistic is of the model alone. weak: too few to calibrate one per cent;
-    the threshold is then the largest honest value, with no false alarm among `calibrated_on`.
+    lowest_threshold, threshold: the smallest and the largest that an altered model was held
+    against, one a stage and seed; NaN where nothing honest was measured. calibration: what they
+    come from. calibrated_rounds: altered round: the honest rounds behind its thresholds.
+    calibrated_on: measurements behind the threshold that has fewest, calibration_alarms: how many
+    of them lie above. honest, false_alarms: of these rounds, each at its own round's threshold,
+    in which it had no part. altered, detected: (client, altered round, seed). honest_clusters,
+    altered_clusters: (round, seed), whose clients share a model; intervals count these. weak: too
+    few to calibrate one per cent; the threshold is then the largest honest value, with no false
+    alarm among `calibrated_on`.
     """
 
     scenario: str
@@ -63,16 +61,20 @@ class Detection:
     training: str
     malice: str
     detector: str
+    lowest_threshold: float
     threshold: float
+    calibration: str
+    calibrated_rounds: str
     calibrated_on: int
     calibration_alarms: int
     honest: int
+    honest_clusters: int
     false_alarms: int
     false_alarm_rate: float
     false_alarm_ci_low: float
     false_alarm_ci_high: float
     altered: int
-    independent: int
+    altered_clusters: int
     detected: int
     rate: float
     ci_low: float
@@ -81,12 +83,21 @@ class Detection:
 
     @property
     def at(self) -> str:
-        """The operating point, in words."""
+        """The operating point, in words: what it was set for, and what came of it if not that."""
         if not self.calibrated_on:
             return "without any honest measurement"
         if self.weak:
-            return f"at no false alarm in {self.calibrated_on}"
-        return f"at {ALLOWED:.0%} false alarms".replace("%", " %")
+            said = f"at no false alarm in {self.calibrated_on}"
+        else:
+            said = f"at {ALLOWED:.0%} false alarms".replace("%", " %")
+        more = f" (in fact {100 * self.false_alarm_rate:.0f} %)" if self.broken else ""
+        return said + more
+
+    @property
+    def broken(self) -> bool:
+        """Whether honest measurements cross the thresholds clearly more often than was aimed at,
+        as where each seed's training goes a way of its own."""
+        return self.false_alarm_ci_low > ALLOWED
 
 
 COLUMNS = tuple(field.name for field in fields(Detection))
@@ -113,46 +124,104 @@ def detections(watched: Sequence[Watched]) -> Iterator[Detection]:
         yield _detection(detector, group, watched)
 
 
+@dataclass(frozen=True)
+class Case:
+    """One measurement beside the threshold of its round."""
+
+    seed: int
+    round: int
+    value: float
+    threshold: Threshold
+
+    @property
+    def alarm(self) -> bool:
+        return self.value > self.threshold.value
+
+    @property
+    def cluster(self) -> tuple[int, int]:
+        return self.seed, self.round
+
+
 def _detection(detector: str, group: Sequence[Watched], watched: Sequence[Watched]) -> Detection:
     first = group[0]
-    calibrating, others = halves(honest(detector, first, watched))
-    threshold = threshold_of(calibrating)
-    alarms = sum(value > threshold for value in others)
+    calibration = Calibration(honest(detector, first, watched))
     cases = [
-        (one.seed, seen.round, seen.client, seen.value)
+        Case(one.seed, seen.round, seen.value, calibration.threshold(one.seed, seen.round))
         for one in group
         for seen in one.noticed
         if seen.detector == detector and seen.what == "altered"
     ]
-    detected = sum(case[3] > threshold for case in cases)
-    alike = detector in first.alike
-    independent = len({case[: 2 if alike else 3] for case in cases})
-    rate = detected / len(cases) if calibrating else math.nan
-    false_rate = alarms / len(others) if others else math.nan
-    low, high = wilson(rate, independent)
-    false_low, false_high = wilson(false_rate, len(others))
+    thresholds = [case.threshold for case in cases]
+    fewest = min(thresholds, key=lambda one: one.count)
+    rng = Seed.root(0).child("detection", first.scenario, first.deployment, detector)
+    found = share(cases, rng.child("altered"))
+    false = share(_tested(calibration, cases), rng.child("honest"))
     return Detection(
         scenario=first.scenario,
         deployment=first.deployment,
         training=first.training,
         malice=first.malice,
         detector=detector,
-        threshold=threshold,
-        calibrated_on=len(calibrating),
-        calibration_alarms=sum(value > threshold for value in calibrating),
-        honest=len(others),
-        false_alarms=alarms,
-        false_alarm_rate=false_rate,
-        false_alarm_ci_low=false_low,
-        false_alarm_ci_high=false_high,
-        altered=len(cases),
-        independent=independent,
-        detected=detected,
-        rate=rate,
-        ci_low=low,
-        ci_high=high,
-        weak=len(calibrating) < ENOUGH,
+        lowest_threshold=min(one.value for one in thresholds),
+        threshold=max(one.value for one in thresholds),
+        calibration=calibration.source,
+        calibrated_rounds=_rounds(cases) if fewest.count else "",
+        calibrated_on=fewest.count,
+        calibration_alarms=fewest.alarms,
+        honest=false.cases,
+        honest_clusters=false.clusters,
+        false_alarms=false.alarms,
+        false_alarm_rate=false.rate,
+        false_alarm_ci_low=false.low,
+        false_alarm_ci_high=false.high,
+        altered=found.cases,
+        altered_clusters=found.clusters,
+        detected=found.alarms,
+        rate=found.rate,
+        ci_low=found.low,
+        ci_high=found.high,
+        weak=fewest.count < ENOUGH,
     )
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of the cases alarm; NaN where there is none, or no threshold to alarm at."""
+
+    cases: int
+    clusters: int
+    alarms: int
+    rate: float
+    low: float
+    high: float
+
+
+def share(cases: Sequence[Case], seed: Seed) -> Share:
+    """With its 95 % interval, which counts rounds of a seed."""
+    alarms, clusters = [case.alarm for case in cases], [case.cluster for case in cases]
+    rate, low, high = math.nan, math.nan, math.nan
+    if cases and not any(math.isnan(case.threshold.value) for case in cases):
+        rate = sum(alarms) / len(cases)
+        low, high = clustered_share(alarms, clusters, seed.numpy())
+    return Share(len(cases), len(set(clusters)), sum(alarms), rate, low, high)
+
+
+def _tested(calibration: Calibration, cases: Sequence[Case]) -> list[Case]:
+    """Honest measurements of the rounds that the cases' thresholds come from, each once."""
+    found: dict[Honest, Case] = {}
+    for first, last in sorted({(c.threshold.first, c.threshold.last) for c in cases}):
+        for one, threshold in calibration.tested(first, last):
+            found[one] = Case(one.seed, one.round, one.value, threshold)
+    return list(found.values())
+
+
+def _rounds(cases: Sequence[Case]) -> str:
+    """`1: 1-5, 10: 8-12`, over all seeds."""
+    spans: dict[int, tuple[int, int]] = {}
+    for case in cases:
+        low, high = spans.get(case.round, (case.threshold.first, case.threshold.last))
+        spans[case.round] = (min(low, case.threshold.first), max(high, case.threshold.last))
+    return ", ".join(f"{at}: {low}-{high}" for at, (low, high) in sorted(spans.items()))
 
 
 def honest(detector: str, here: Watched, watched: Sequence[Watched]) -> list[Honest]:
@@ -173,25 +242,7 @@ def honest(detector: str, here: Watched, watched: Sequence[Watched]) -> list[Hon
                 others = found.setdefault((one.seed, seen.round, client), [])
                 if not any(math.isclose(seen.value, value, rel_tol=SAME) for value in others):
                     others.append(seen.value)
-    return [(*place, value) for place, values in found.items() for value in values]
-
-
-def halves(measured: Sequence[Honest]) -> tuple[list[float], list[float]]:
-    """(values to calibrate on, values to test on): even and odd clients; where all clients measure
-    alike, every other round, from another one on for every other seed."""
-    seeds = {seed: place for place, seed in enumerate(sorted({one[0] for one in measured}))}
-    sides: tuple[list[float], list[float]] = ([], [])
-    for seed, round, client, value in measured:
-        side = client if client >= 0 else round + 1 + seeds[seed]
-        sides[side % 2].append(value)
-    return sides
-
-
-def threshold_of(values: Sequence[float]) -> float:
-    """The smallest measured value above which at most ALLOWED of the values lie; NaN of none."""
-    if not values:
-        return math.nan
-    return sorted(values, reverse=True)[math.floor(ALLOWED * len(values))]
+    return [Honest(*place, value) for place, values in found.items() for value in values]
 
 
 def detection_flags(found: Sequence[Detection]) -> tuple[str, ...]:
@@ -207,6 +258,9 @@ def detection_flags(found: Sequence[Detection]) -> tuple[str, ...]:
     weak = [f"{one.detector} {one.calibrated_on}" for one in lines if one.weak]
     if weak:
         flags.append("few_honest_measurements: " + ", ".join(sorted(weak)))
+    broken = [f"{one.detector} {100 * one.false_alarm_rate:.0f} %" for one in lines if one.broken]
+    if broken:
+        flags.append("false_alarms_above_aim: " + ", ".join(sorted(broken)))
     return tuple(flags)
 
 

@@ -23,6 +23,9 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "positive_control_failed": "The same attack shows no advantage clear of zero on the "
         "unprotected deployment either, so a low figure here is no evidence that a protection "
         "works: the attack may simply be too weak.",
+        "control_differs": "The unprotected deployment that this row is held against differs from "
+        "it in more than the protections: in the settings named, whose value there stands before "
+        "the value here. Part of the difference in leakage or accuracy may be theirs.",
         "control_without_interval": "The same attack has an advantage on the unprotected "
         "deployment, but on one target only, so nothing says that it is clear of zero.",
         "fewer_bins_than_records": "Fewer bins of the imprint held something than the target has "
@@ -244,10 +247,13 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "unnoticed": "No detector of this deployment detects what the malicious server sent in "
         "more than half of the cases. The best one is named. That is no proof that it cannot be "
         "noticed: another check might.",
-        "few_honest_measurements": "Fewer than 100 distinct honest measurements to set the "
+        "few_honest_measurements": "Fewer than 100 distinct honest measurements to set a "
         "threshold of a detector by (their number is given), too few for a rate of false alarms of "
         "1 %. The threshold is the largest of them. More rounds, clients or seeds of an honest "
         "deployment with the same detectors would help.",
+        "false_alarms_above_aim": "Honest rounds cross the threshold of the detector named clearly "
+        "more often (the rate given) than the 1 % that it was set for: honest trainings differ "
+        "more from seed to seed than the calibrating ones show. More seeds would help.",
         "few_seeds": "Fewer than three seeds. The interval covers the choice of targets, not "
         "another training run, nor another device with faults of its own.",
     }

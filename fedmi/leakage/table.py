@@ -14,6 +14,13 @@ from fedmi.leakage.families import labels_of
 from fedmi.leakage.flags import add, compare_boxes, control_flags, figure_flags, trial_flags
 from fedmi.leakage.intervals import NOTHING, Interval, mean_interval, paired_interval
 from fedmi.leakage.row import COLUMNS, LeakageRow, join
+from fedmi.leakage.settings import (
+    UNKNOWN,
+    ByDeployment,
+    control_differs,
+    differing,
+    same_party,
+)
 from fedmi.leakage.trial import MetricInfo, Score, Trial
 
 SCORE_COLUMNS = (
@@ -72,7 +79,8 @@ def leakage_rows(trials: Sequence[Trial], metrics: Sequence[MetricInfo]) -> list
         for round, kind in _in_order(measured[_attack(group[0])], known)
         if _concerns(group, round, kind)
     ]
-    return compare_boxes(_with_controls(rows))
+    settings = {(trial.scenario, trial.deployment): trial.settings for trial in trials}
+    return compare_boxes(_with_controls(rows, settings))
 
 
 def _groups(trials: Sequence[Trial]) -> Iterator[Group]:
@@ -174,34 +182,38 @@ def _of(trial: Trial, round: int | None, metric: MetricInfo) -> list[Score]:
     return [s for s in trial.scores if s.round == round and s.metric == metric.kind]
 
 
-def _with_controls(rows: Sequence[LeakageRow]) -> list[LeakageRow]:
+def _with_controls(rows: Sequence[LeakageRow], settings: ByDeployment) -> list[LeakageRow]:
     found = []
     for row in rows:
-        control = _control(row, rows)
+        control = _control(row, rows, settings)
         flags = () if row.failed or control is row else control_flags(row, control)
         if control is not None:
             row = replace(row, positive_control=control.advantage)  # noqa: PLW2901
+            if flag := "" if row.failed else control_differs(row, control, settings):
+                flags = (*flags, flag)
         found.append(add(row, *flags))
     return found
 
 
-def _control(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:
-    """The row itself if unprotected; else its unprotected counterpart.
+def _control(
+    row: LeakageRow, rows: Sequence[LeakageRow], settings: ByDeployment
+) -> LeakageRow | None:
+    """The row itself if unprotected; else its unprotected counterpart, the `nearest` of several.
 
-    Where a run has several, the one with the same swept values is preferred (of one data set, of
-    one model), then the one with the same serving regime, then the first.
     What has no counterpart there because it exists as shares alone is held against the same attack
     by a coalition that opens them; such a coalition, like an unprotected row, is its own control.
     """
     if not row.protections:
         return row
-    return open_counterpart(row, rows) or _opened(row, rows)
+    return open_counterpart(row, rows, settings) or _opened(row, rows)
 
 
-def open_counterpart(row: LeakageRow, rows: Sequence[LeakageRow]) -> LeakageRow | None:
+def open_counterpart(
+    row: LeakageRow, rows: Sequence[LeakageRow], settings: ByDeployment = UNKNOWN
+) -> LeakageRow | None:
     """The same attack where nothing protects; None for an unprotected row, or without one."""
     same = [other for other in open_rows(row, rows) if alone(other.attack) == alone(row.attack)]
-    return nearest(row, [other for other in same if same_place(row, other)])
+    return nearest(row, [other for other in same if same_place(row, other)], settings)
 
 
 def open_rows(row: LeakageRow, rows: Sequence[LeakageRow]) -> list[LeakageRow]:
@@ -220,18 +232,23 @@ def open_rows(row: LeakageRow, rows: Sequence[LeakageRow]) -> list[LeakageRow]:
     ]
 
 
-def nearest(row: LeakageRow, candidates: Sequence[LeakageRow]) -> LeakageRow | None:
-    """The one under the same swept values, then in the same serving regime, then whose name begins
-    most like the row's ("gradient of 8" for "gradient of 8, DP-SGD"), then the first."""
+def nearest(
+    row: LeakageRow, candidates: Sequence[LeakageRow], settings: ByDeployment = UNKNOWN
+) -> LeakageRow | None:
+    """The one under the same swept values, then that differs in the fewest settings, then in the
+    same serving regime, then whose name begins most like the row's ("gradient of 8" for "gradient
+    of 8, DP-SGD"), then the first. None that lives on another malice."""
     mine = labels_of(row.deployment)
 
-    def far(other: LeakageRow) -> tuple[int, bool, int]:
+    def far(other: LeakageRow) -> tuple[int, int, bool, int]:
         alike = sum(
             1 for _ in takewhile(_same, zip(other.deployment, row.deployment, strict=False))
         )
-        return len(labels_of(other.deployment) ^ mine), other.serving != row.serving, -alike
+        apart = len(differing(row, other, settings))
+        return len(labels_of(other.deployment) ^ mine), apart, other.serving != row.serving, -alike
 
-    return min(candidates, key=far, default=None)
+    able = [other for other in candidates if same_party(row, other, settings)]
+    return min(able, key=far, default=None)
 
 
 def _same(pair: tuple[str, str]) -> bool:

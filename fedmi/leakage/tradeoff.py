@@ -15,6 +15,7 @@ from fedmi.leakage.flags import SMALL_SAMPLE, name_of
 from fedmi.leakage.intervals import NOTHING, Floats, Interval
 from fedmi.leakage.resampling import draws, paired_shares, ratio, ratio_of_shares, wilson
 from fedmi.leakage.row import LeakageRow, split
+from fedmi.leakage.settings import UNKNOWN, ByDeployment
 from fedmi.leakage.table import nearest, open_counterpart, open_rows, same_place
 from fedmi.leakage.trial import MetricInfo
 
@@ -67,6 +68,7 @@ def tradeoff_frame(
     metrics: Sequence[MetricInfo],
     held_out: Mapping[str, int] | None = None,
     right: Mapping[str, Floats] | None = None,
+    settings: ByDeployment = UNKNOWN,
 ) -> pd.DataFrame:
     """For each protected deployment with an unprotected counterpart: accuracy and leakage kept.
 
@@ -77,15 +79,16 @@ def tradeoff_frame(
     many records accuracy was measured on, over all seeds, by deployment; where it is missing
     accuracy counts as exact. right: by deployment, which of them the answers had right (1 or 0),
     in one order for all: accuracies of two such deployments are compared record by record.
+    settings: by which the counterpart is chosen, as for the leakage table.
     """
     gains, known, marks = Gains(scores, metrics), held_out or {}, right or {}
-    lines = [_line(trade, gains, known, marks) for trade in trades(rows_of(leakage))]
+    lines = [_line(trade, gains, known, marks) for trade in trades(rows_of(leakage), settings)]
     frame = pd.DataFrame(lines, columns=pd.Index(TRADEOFF_COLUMNS))
     frame["round"] = frame["round"].astype("Int64")
     return frame
 
 
-def trades(rows: Sequence[LeakageRow]) -> list[Trade]:
+def trades(rows: Sequence[LeakageRow], settings: ByDeployment = UNKNOWN) -> list[Trade]:
     """Every attack on a protected deployment beside its control, then the strongest ones.
 
     An attack that nothing but this protection calls for, and that was therefore not run without
@@ -94,13 +97,16 @@ def trades(rows: Sequence[LeakageRow]) -> list[Trade]:
     found = [
         Trade(row, there, False)
         for row in rows
-        if (there := open_counterpart(row, rows) or _strongest_facing(row, [row], rows))
+        if (
+            there := open_counterpart(row, rows, settings)
+            or _strongest_facing(row, [row], rows, settings)
+        )
     ]
     groups: dict[tuple[object, ...], list[LeakageRow]] = {}
     for row in rows:
         if row.protections:
             groups.setdefault(adversary(row), []).append(row)
-    return found + [trade for group in groups.values() for trade in _worst(group, rows)]
+    return found + [trade for group in groups.values() for trade in _worst(group, rows, settings)]
 
 
 def adversary(row: LeakageRow) -> tuple[object, ...]:
@@ -219,20 +225,25 @@ def _line(
     }
 
 
-def _worst(group: Sequence[LeakageRow], rows: Sequence[LeakageRow]) -> Iterator[Trade]:
+def _worst(
+    group: Sequence[LeakageRow], rows: Sequence[LeakageRow], settings: ByDeployment
+) -> Iterator[Trade]:
     """The strongest here over the strongest there, which need not be the same attack."""
     best = strongest(group)
-    there = _strongest_facing(best, group, rows)
+    there = _strongest_facing(best, group, rows, settings)
     if there is not None:
         yield Trade(best, there, True)
 
 
 def _strongest_facing(
-    best: LeakageRow, group: Sequence[LeakageRow], rows: Sequence[LeakageRow]
+    best: LeakageRow,
+    group: Sequence[LeakageRow],
+    rows: Sequence[LeakageRow],
+    settings: ByDeployment,
 ) -> LeakageRow | None:
     """On one unprotected deployment, of all that stand where some of the group would."""
     places = [other for row in group for other in open_rows(row, rows) if _facing(row, other)]
-    found = nearest(best, places)
+    found = nearest(best, places, settings)
     if found is None:
         return None
     return strongest([other for other in places if other.deployment == found.deployment])

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fedmi.exposure.words import Channel, Position
+from fedmi.leakage.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Trial:
     wire_bytes: both directions, the whole training. queries: to the served model, refused: those
     it did not answer, accounts: that asked them, alarmed: of these, by a monitor, wait_seconds:
     simulated, for a rate limit; readouts: of a device's memory.
+    settings: what the deployment is trained with besides its protections, to choose its control by.
     flags: what the deployment noticed. target_flags: (round, flag), what the attack noticed of
     targets of that round (None for classes). failure: why there are no scores.
     """
@@ -76,6 +78,7 @@ class Trial:
     alarmed: float = 0.0
     wait_seconds: float = 0.0
     readouts: float = 0.0
+    settings: Settings = ()
     flags: tuple[str, ...] = ()
     target_flags: tuple[tuple[int | None, str], ...] = ()
     scores: tuple[Score, ...] = ()
@@ -107,6 +110,7 @@ def from_json(text: str) -> Trial:
             "channel": Channel(data["channel"]),
             "protections": tuple(data["protections"]),
             "knowledge": tuple(data["knowledge"]),
+            "settings": tuple((name, value) for name, value in data["settings"]),
             "flags": tuple(data["flags"]),
             "target_flags": tuple((at, flag) for at, flag in data["target_flags"]),
             "scores": tuple(_score(score) for score in data["scores"]),

@@ -21,6 +21,8 @@ class DetectionLine:
     interval: str
     cases: str
     at: str
+    calibration: str
+    calibrated_rounds: str
     false_alarms: str
     false_interval: str
     honest: str
@@ -41,26 +43,39 @@ def detection_text(report: ReportData) -> Text | None:
         false = f"{line.false_alarms} {line.false_interval}".strip()
         said.append(
             f"  {line.deployment} ({line.malice}), {line.detector}: detects {line.rate} "
-            f"{line.interval} of {line.cases} {line.at}; false alarms on {line.honest} other "
-            f"honest measurements: {false}"
+            f"{line.interval} of {line.cases} {line.at}{_where(line)}; false alarms on "
+            f"{line.honest} other honest measurements: {false}"
         )
     return Text("\n".join(said))
 
 
+def _where(line: DetectionLine) -> str:
+    """What thresholds come from, and of which rounds."""
+    if not line.calibrated_rounds:
+        return ""
+    return f" (from {line.calibration}, round {line.calibrated_rounds})"
+
+
 def _line(one: Detection) -> DetectionLine:
-    counted = f" (independent: {one.independent})" if one.independent < one.altered else ""
     return DetectionLine(
         deployment=one.deployment,
         malice=words.spoken(one.malice),
         detector=words.spoken(one.detector),
         rate=words.percent(one.rate),
         interval=_bounds(one.ci_low, one.ci_high),
-        cases=f"{one.altered}{counted}",
+        cases=_counted(one.altered, one.altered_clusters),
         at=one.at,
+        calibration=one.calibration,
+        calibrated_rounds=one.calibrated_rounds,
         false_alarms=words.percent(one.false_alarm_rate),
         false_interval=_bounds(one.false_alarm_ci_low, one.false_alarm_ci_high),
-        honest=f"{one.honest}",
+        honest=_counted(one.honest, one.honest_clusters),
     )
+
+
+def _counted(cases: int, clusters: int) -> str:
+    """Cases, and how many rounds of a seed they come from where that is fewer."""
+    return f"{cases} (rounds: {clusters})" if clusters < cases else f"{cases}"
 
 
 def _bounds(low: float, high: float) -> str:

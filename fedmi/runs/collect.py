@@ -22,6 +22,7 @@ from fedmi.runs.aims import claims_for
 from fedmi.runs.detection import detection_of
 from fedmi.runs.directory import RunDirectory, read_marker
 from fedmi.runs.report import report_data, write_report
+from fedmi.runs.settings import settings_of
 from fedmi.runs.training import exposed
 from fedmi.scenario.cells import AttackCell, Plan
 from fedmi.scenario.threat import inside
@@ -136,6 +137,7 @@ def trial_of(
         wait_seconds=marker.get("wait_seconds", 0.0 if finished else nan),
         readouts=marker.get("readouts", 0.0 if finished else nan),
         peak_memory_bytes=outcome.cost.peak_memory_bytes if outcome else nan,
+        settings=settings_of(training),
         flags=tuple(sorted(outcome.flags)) if outcome else (),
         target_flags=tuple((at or None, flag) for at, flag in marker.get("flags", ())),
         scores=read_scores(folder) if finished else (),

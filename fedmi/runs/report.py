@@ -24,6 +24,7 @@ from fedmi.report.figures import figures
 from fedmi.report.html import render
 from fedmi.runs.directory import RunDirectory, read_marker, replace_text
 from fedmi.runs.readings import readings, shown_records
+from fedmi.runs.settings import settings_by_deployment
 from fedmi.runs.training import split_of
 from fedmi.scenario.cells import AttackCell, Plan
 
@@ -62,7 +63,14 @@ def report_data(
         beside=beside(todo, directory),
         secured=secured(todo, directory),
         held_out=behind,
-        tradeoff=tradeoff_frame(scores, leakage, metrics, behind, right(todo, directory)),
+        tradeoff=tradeoff_frame(
+            scores,
+            leakage,
+            metrics,
+            behind,
+            right(todo, directory),
+            settings_by_deployment(todo),
+        ),
         equal_utility=equal_utility_frame(scores, leakage, metrics),
         served=served(todo, directory),
         reported=scenario.reported,
