@@ -23,11 +23,13 @@ def servers(run: Path) -> str:
 
 
 def clients(run: Path) -> str:
-    return _table(run, ("pearson_correlation", "psnr", "recovered_exactly"))
+    kinds = ("attack_accuracy_top1", "identity_rank", "pearson_correlation", "psnr")
+    return _table(run, kinds)
 
 
 def sentences(run: Path) -> str:
-    return _table(run, ("token_accuracy", "rouge_l", "exact_match_rate", "token_set_f1"))
+    kinds = ("token_accuracy", "rouge_l", "exact_match_rate", "token_set_f1")
+    return _table(run, (*kinds, "label_recovery_rate"))
 
 
 def answers(run: Path) -> str:

@@ -13,6 +13,8 @@ from fedmi.models.decoders import ConvolutionalDecoder
 
 SMALLEST = 8
 """Pixels a side that the generator needs."""
+TOLD = "own/game/"
+"""Before the names of a game's options, where a client writes down how it plays."""
 
 
 class Game(BaseModel):
@@ -28,6 +30,17 @@ class Game(BaseModel):
     steps: int = Field(default=20, ge=1, le=10**5, description="steps against each model")
     batch_size: int = Field(default=32, ge=2, le=4096, description="generated images a step")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="Adam's")
+    start: int = Field(default=1, ge=1, description="first round played; later = a better model")
+
+    def told(self) -> dict[str, float]:
+        """Its options as numbers, by name; `told_in` is the inverse."""
+        return {f"{TOLD}{name}": float(value) for name, value in self.model_dump().items()}
+
+    @classmethod
+    def told_in(cls, own: Mapping[str, float]) -> "Game | None":
+        """The game that a client wrote down, if it did."""
+        found = {n.removeprefix(TOLD): value for n, value in own.items() if n.startswith(TOLD)}
+        return cls.model_validate(found) if found else None
 
 
 class Player:

@@ -222,15 +222,15 @@ class Recorder:
 
     @cached_property
     def _own(self) -> dict[str, float]:
-        """What the malicious client knows of itself: its number, its seed, and how many records of
-        each label it holds."""
+        """What the malicious client knows of itself: its number, its seed, how many records of each
+        label it holds, and what its ploy tells."""
         intruder = self._plan.intruder
         if intruder is None:
             return {}
         labels, counts = np.unique(self._plan.intruder_labels, return_counts=True)
         held = {f"{OWN_LABEL}{k}": float(n) for k, n in zip(labels, counts, strict=True)}
         seed = float(self._plan.intruder_seed.path[-1])
-        return {OWN_NUMBER: float(intruder.client), OWN_SEED: seed, **held}
+        return {OWN_NUMBER: float(intruder.client), OWN_SEED: seed, **held, **intruder.told}
 
     def _model_seen(
         self,

@@ -49,6 +49,12 @@ class Intruder(Component):
     def alters(self) -> str:
         """What it changes, in a few words, printed in the row; empty where it only watches."""
 
+    @property
+    def told(self) -> Mapping[str, float]:
+        """What it writes down of itself beside the models it is sent, by name ("own/..."), for the
+        attack that reads them."""
+        return {}
+
     def problems(self, card: Card, clients: int) -> list[str]:
         """Why it cannot be done with these data and so many clients, in words."""
         late = self.client >= clients

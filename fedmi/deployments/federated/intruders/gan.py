@@ -17,15 +17,16 @@ from fedmi.training.generator_game import SMALLEST, Game, Player
 class GAN(Intruder):
     """Generated images of the victims' classes, handed in under a class of its own.
 
-    In each round it is asked, a generator a victim class plays `game` against the global model;
-    `fakes` of its images join the client's records under the label that most of them have. Whoever
-    holds the victim class then has to show what tells it from these images. The client owns up
-    to no more records than it really has, so that neither its weight nor SecAgg+ gives it away.
+    In each round it is asked, from `game.start` on, a generator a victim class plays `game` against
+    the global model; `fakes` of its images join the client's records under the label that most of
+    them have. Whoever holds the victim class then has to show what tells it from these images. The
+    client owns up to no more records than it really has, so that neither its weight nor SecAgg+
+    gives it away.
     `fakes = 0`: it follows the protocol and only watches.
 
     Threat model: a malicious client that holds no record of the victim class. The attack of the
-    same kind reads out the generators; its `game` must be the same. ValueError for images below
-    8 pixels a side.
+    same kind reads out the generators; `told` is how it knows the game. ValueError for images
+    below 8 pixels a side.
     """
 
     kind: Literal["gan"] = "gan"
@@ -45,6 +46,11 @@ class GAN(Intruder):
     @property
     def alters(self) -> str:
         return "a client adds generated records under a false label" if self.fakes else ""
+
+    @property
+    def told(self) -> dict[str, float]:
+        """How it plays, in numbers, for its own transcript."""
+        return self.game.told()
 
     def problems(self, card: Card, clients: int) -> list[str]:
         found = super().problems(card, clients)
@@ -85,7 +91,7 @@ class GAN(Intruder):
         return self.victims or tuple(sorted(set(range(classes)) - set(labels.tolist())))
 
     def plot(self, visit: Visit) -> Ploy:
-        if not self.fakes:
+        if not self.fakes or visit.round < self.game.start:
             return Ploy(visit.inputs, visit.labels, visit.memory)
         held = visit.labels.numpy()
         false = torch.full((self.fakes,), disguise(held), dtype=visit.labels.dtype)
