@@ -36,7 +36,7 @@ def gradient(spec: TextTransformer, batch: Batch) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("spec", "count"), [(DECODER, 1), (DECODER, 4), (ENCODER, 1), (ENCODER, 2)]
+    ("spec", "count"), [(DECODER, 1), (DECODER, 4), (ENCODER, 1), (ENCODER, 2), (ENCODER, 4)]
 )
 def test_sentences_and_labels_are_exact(spec: TextTransformer, count: int) -> None:
     batch = sentences(count, 1)

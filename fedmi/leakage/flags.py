@@ -46,6 +46,19 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "signal_below_rounding": "What tells sentences apart is smaller than the rounding of the "
         "gradient to float32.",
         "tokens_not_placed": "The tokens are known, but not all of their places.",
+        "place_rows_not_visible": "The rows of the embedding tables' gradients are lost in "
+        "noise, or places have none, so that no token could be placed by them.",
+        "started_from_place_rows": "The search began with the sentences that the closed form "
+        "place_rows finds; what it adds to them is the difference to that attack's row.",
+        "rows_pruned": "Pruning left too few whole rows of the layers that the attack reads for "
+        "their span to be known; the answer is what the rows of the embeddings tell by themselves.",
+        "start_kept": "The search found no sentences that explain the update clearly better than "
+        "those that it began with, and these were returned.",
+        "no_token_read": "No token could be read from what was planted, as under noise or pruning: "
+        "the answer is a blind guess.",
+        "no_single_record": "No trapped neuron held a single record alone.",
+        "clients_sent_different_models": "The server sent clients of one target different altered "
+        "models, so that their mean is no update of any one model.",
         "sentences_not_separated": "Which token belongs to which sentence could not be told.",
         "no_positive_control": "No unprotected deployment of the same training regime was attacked "
         "in the same way in this run, so nothing shows that the attack works at all.",

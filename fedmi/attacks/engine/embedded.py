@@ -111,6 +111,12 @@ class WrittenText:
     def project(self, points: Tensor) -> Tensor:
         return points
 
+    def spelt(self, point: Tensor, ids: Tensor) -> Tensor:
+        """The point with the vectors of the ids [n, length] in place of its own."""
+        room, found = point.shape[1] - bool(self.classes), point.clone()
+        found[:, :room] = (self.words.tokens[ids[:, :room]] / self.words.spread).to(point)
+        return found
+
     def written(self, point: Tensor, lengths: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
         """(ids [n, length] of the closest of the `allowed` tokens, mean closeness [n])."""
         point, allowed = self.vectors(point), allowed.to(point.device)

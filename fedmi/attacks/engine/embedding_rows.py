@@ -1,10 +1,16 @@
 """What the gradient of the embeddings tells by itself: which tokens occurred, and where."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from fedmi.attacks.engine.evidence import Evidence
 from fedmi.attacks.engine.first_block import FirstBlock, Pairs
+
+Trust = Literal["angles", "lengths", "none"]
+TRUSTS: tuple[Trust, ...] = ("angles", "lengths", "none")
+"""From the fewest candidates to all."""
 
 UNTOUCHED = 1e-6
 """Of the largest row of a gradient; below it, a token or a place did not occur."""
@@ -28,16 +34,18 @@ def places(evidence: Evidence, most: int) -> int:
     return 1 + int(torch.nonzero(rows).max()) if rows.any() else most
 
 
-def likely(evidence: Evidence, block: FirstBlock, pairs: Pairs) -> Tensor:
+def likely(slopes: Tensor, block: FirstBlock, pairs: Pairs, trust: Trust) -> Tensor:
     """Which pairs can be true if a token occurs at one place only. [c] booleans
 
-    Behind a normalisation of the embeddings, the gradient of a token at one place is at right
-    angles to the (centred) sum of token and place, up to the epsilon of the normalisation. All
-    places are likely for a token that fits none, or that seems to occur repeatedly.
+    slopes [vocabulary, dim]: the gradient of the embeddings. Behind a normalisation of the
+    embeddings, that of a token at one place is at right angles to the (centred) sum of token and
+    place, up to the epsilon of the normalisation. All places are likely for a token that fits none.
+    trust "angles" goes by that alone, though one that occurs repeatedly fits some place by
+    accident; "lengths" takes all places of tokens that seem to occur repeatedly; "none": of all.
     """
-    if not block.network.normed_first:
+    if not block.network.normed_first or trust == "none":
         return torch.ones(len(pairs), dtype=torch.bool)
-    network, slopes = block.network, evidence.gradient["tokens.weight"].double()
+    network = block.network
     summed = network.tokens.weight[pairs.token] + network.positions[pairs.place]
     centred = summed - summed.mean(1, keepdim=True)
     norms = slopes.norm(dim=1)
@@ -45,8 +53,9 @@ def likely(evidence: Evidence, block: FirstBlock, pairs: Pairs) -> Tensor:
     cosine = (centred * slopes[pairs.token]).sum(1).abs() / sizes.clamp_min(1e-300)
     least = torch.full_like(norms, torch.inf)
     least.scatter_reduce_(0, pairs.token, cosine, "amin")
-    often = norms > OFTEN * norms[torch.unique(pairs.token)].median()
-    found: Tensor = (cosine < UPRIGHT) | (least > UPRIGHT)[pairs.token] | often[pairs.token]
+    found: Tensor = (cosine < UPRIGHT) | (least > UPRIGHT)[pairs.token]
+    if trust == "lengths":
+        found |= (norms > OFTEN * norms[torch.unique(pairs.token)].median())[pairs.token]
     return found
 
 

@@ -7,13 +7,17 @@ from torch import Tensor
 
 from fedmi.attacks.base import Case
 from fedmi.attacks.engine.assembled import assembled
+from fedmi.attacks.engine.embedded import PLACES
 from fedmi.attacks.engine.evidence import Evidence
 from fedmi.attacks.engine.exchanges import EXACT, Exchanges
 from fedmi.attacks.engine.standing import stood
 from fedmi.attacks.engine.token_rows import token_rows
-from fedmi.exposure.schema import UNKNOWN
+from fedmi.exposure.schema import END, UNKNOWN
 
 LOST, UNPLACED, MIXED = "place_rows_not_visible", "tokens_not_placed", "sentences_not_separated"
+
+PROVEN = 0.75
+"""Share of the tokens whose slopes must be known of pruned rows before others are searched for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +41,16 @@ def placed(case: Case, evidence: Evidence, trials: int) -> Placed | None:
     if not told.found:
         return None
     start = assembled(told, evidence.records, evidence.input_shape[2])
+    pruned = evidence.support is not None and PLACES in evidence.support
+    if pruned and float(start.known.sum()) < PROVEN * float((start.ids > END).sum()):
+        trials = 0  # too few slopes to judge a sentence by
     words = token_rows(evidence.gradient).words
     seed = case.seed.child(evidence.target.id, "exchanges")
     search = Exchanges.of(case, evidence, words, trials, seed)
     found = search.searched(start)
     placed = Placed(found.ids, search.labels, search.misfits, frozenset())
     flags = set()
-    if not placed.exact and bool((~found.sure | (found.ids == UNKNOWN)).any()):
+    if (pruned or not placed.exact) and bool((~found.sure | (found.ids == UNKNOWN)).any()):
         flags.add(UNPLACED)
     if not placed.exact and evidence.records > 1:
         flags.add(MIXED)

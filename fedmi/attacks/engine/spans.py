@@ -119,6 +119,11 @@ def _ratio(descent: Mapping[str, Tensor], gradient: Mapping[str, Tensor], name: 
     return float(descent[name].norm()) / whole if whole > 0 else 1.0
 
 
+def whole_rows(evidence: Evidence, layers: Sequence[str]) -> int:
+    """Rows of the layers' gradients that were seen whole."""
+    return sum(len(_seen_rows(evidence, layer)[0]) for layer in layers)
+
+
 def _seen_rows(evidence: Evidence, layer: str) -> tuple[Tensor, Tensor]:
     weight, bias = (evidence.gradient[f"{layer}.{part}"] for part in ("weight", "bias"))
     support = evidence.support or {}

@@ -1,13 +1,14 @@
 """Which token stands at which place, from the rows of the two embedding tables' gradients."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fedmi.attacks.engine.embedded import PLACES, TABLE
 from fedmi.attacks.engine.evidence import Evidence
+from fedmi.attacks.engine.pruned_rows import matched
 from fedmi.attacks.engine.row_sums import Balance, balances
 from fedmi.attacks.engine.token_rows import TokenRows, lengths, token_rows
 
@@ -65,7 +66,20 @@ def stood(evidence: Evidence) -> Stood:
         for token, place, slope, doubt in part.solved(balance):
             ids = int(seen.ids[balance.left[token]]), int(reached[balance.right[place]])
             found.append(Standing(*ids, slope, doubt))
+    if evidence.support and PLACES in evidence.support:
+        found = _mended(evidence, seen, found)
     return Stood(tuple(sorted(found, key=lambda one: one.place)), counts, False)
+
+
+def _mended(evidence: Evidence, seen: TokenRows, found: list[Standing]) -> list[Standing]:
+    """Where rows are pruned: what the entries kept prove; elsewhere, what the rows say as if they
+    were whole, which is a guess."""
+    proven = [
+        Standing(token, place, row, float(not whole))
+        for token, place, row, whole in matched(evidence, seen)
+    ]
+    told = {one.place for one in proven}
+    return proven + [replace(one, doubt=1.0) for one in found if one.place not in told]
 
 
 def _read(evidence: Evidence, seen: TokenRows) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,25 @@
 """Attacks that search for sentences whose update is the observed one: what they share."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine.batching import bytes_per_problem
-from fedmi.attacks.engine.descent import Schedule
+from fedmi.attacks.engine.descent import Objective, Schedule
 from fedmi.attacks.engine.embedded import PLACES, TABLE, Vocabulary, WrittenText, load_text, no_text
 from fedmi.attacks.engine.evidence import UPDATES, AttackError, Evidence
 from fedmi.attacks.engine.gradient_matching import GradientMatching
 from fedmi.attacks.engine.matching import Matching, Problem
+from fedmi.attacks.engine.parts import Progress
 from fedmi.attacks.engine.penalties import Penalty
 from fedmi.attacks.engine.placed import LOST, Placed, placed
+from fedmi.attacks.engine.settled import settled
 from fedmi.attacks.engine.text_penalties import PlaceRows
 from fedmi.attacks.engine.token_rows import SHORTEST, Lengths, lengths, token_rows
 from fedmi.attacks.engine.unknowns import Unknown
@@ -23,7 +27,9 @@ from fedmi.exposure.schema import END, PADDING, START, UNKNOWN
 
 WIDTH = 8
 """A search has room for a multiple of so many tokens a sentence, so that more are batched."""
-FROM_PLACES = "started_from_place_rows"
+FIRST_LOGIT = 2.0
+"""Of the label that place rows give, where labels are searched for."""
+FROM_PLACES, KEPT = "started_from_place_rows", "start_kept"
 GUESSED, HELD, UNSEEN = "lengths_guessed", "token_table_held", "token_set_not_visible"
 
 
@@ -37,7 +43,8 @@ class TextMatching(GradientMatching):
     surest sentence first; confidence [n] is the mean of that over a sentence's tokens. Local steps
     are simulated with the tokens' vectors held still (flag `token_table_held`). A search from
     `init = "place_rows"` begins with sentences, lengths and labels of `placed` (flag
-    `started_from_place_rows`; `place_rows_not_visible` where it has to be drawn after all).
+    `started_from_place_rows`; `place_rows_not_visible` where it has to be drawn after all), and
+    answers them (flag `start_kept`) unless it found sentences that fit clearly better (`settled`).
     """
 
     init: Literal["normal", "place_rows"] = Field(  # type: ignore[assignment]
@@ -153,6 +160,9 @@ class TextMatching(GradientMatching):
         told = labels[0, :, 0].sort().values.equal(known.labels.sort().values)
         if told or problem.evidence.target.id not in case.knowledge.labels:
             labels[..., 0] = known.labels
+            if self.joint(case, problem.evidence):
+                own = one_hot(known.labels, case.knowledge.classes)
+                starts[:, :, -1, : own.shape[1]] = FIRST_LOGIT * own
         flagged = _flagged(problem.evidence, FROM_PLACES, *known.flags)
         return replace(problem, labels=labels, starts=starts, evidence=flagged)
 
@@ -176,6 +186,30 @@ class TextMatching(GradientMatching):
         kept = everything[~special]
         return kept if len(kept) else torch.tensor([UNKNOWN])
 
+    def search(
+        self,
+        case: Case,
+        matching: Matching,
+        problems: Sequence[Problem],
+        schedule: Schedule,
+        report: Progress,
+    ) -> tuple[Tensor, Tensor]:
+        found = super().search(case, matching, problems, schedule, report)
+        if self.init == "normal":
+            return found
+        return self.settled(self.objective(case, matching, problems), matching, problems, found[0])
+
+    def settled(
+        self, objective: Objective, matching: Matching, problems: Sequence[Problem], points: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same as `search` returns: where sentences of place rows were bettered, or they."""
+        assert isinstance(matching.unknown, WrittenText)
+        flat = points.flatten(0, 1)
+        found, losses = settled(
+            objective, matching.unknown, problems, lambda one: self.allowed(one.evidence), flat
+        )
+        return found.view_as(points), losses.view(points.shape[:2])
+
     def answer(
         self, problem: Problem, points: Tensor, losses: Tensor, unknown: Unknown
     ) -> Reconstruction:
@@ -186,12 +220,15 @@ class TextMatching(GradientMatching):
         _, classes = unknown.decode(points[best], labels)
         classes = classes.argmax(-1) if classes.dim() > 1 else classes
         order = sure.argsort(descending=True, stable=True)
+        kept = FROM_PLACES in problem.evidence.flags and points[best].cpu().equal(
+            problem.starts[best].to(points.dtype).cpu()
+        )
         return Reconstruction(
             target=problem.evidence.target,
             samples=ids[order][:, None, None].float(),
             labels=classes[order],
             confidence=sure[order],
-            flags=problem.evidence.flags,
+            flags=problem.evidence.flags | ({KEPT} if kept else set()),
         )
 
     def fitting(self, matching: Matching, problem: Problem) -> int:

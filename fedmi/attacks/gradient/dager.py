@@ -11,25 +11,30 @@ from fedmi.attacks.base import Case, Reconstruction
 from fedmi.attacks.engine import embedding_rows
 from fedmi.attacks.engine.adaptive import adapted
 from fedmi.attacks.engine.closed_form import ClosedForm
-from fedmi.attacks.engine.combinations import Puzzle, combined
+from fedmi.attacks.engine.combinations import Combining, Puzzle
 from fedmi.attacks.engine.confirmed import confirmed
 from fedmi.attacks.engine.evidence import Evidence, blind
 from fedmi.attacks.engine.first_block import MIXED, READ, FirstBlock, Pairs, two_blocks
 from fedmi.attacks.engine.labels.steps import several_steps
+from fedmi.attacks.engine.leftover import Leftover
+from fedmi.attacks.engine.placed import placed
 from fedmi.attacks.engine.prefixes import Found, grown
 from fedmi.attacks.engine.sentence_answers import answered, bags
-from fedmi.attacks.engine.spans import Span, span
-from fedmi.exposure.schema import START, UNKNOWN
+from fedmi.attacks.engine.spans import Span, span, whole_rows
+from fedmi.exposure.schema import PADDING, START, UNKNOWN
 from fedmi.models.text_transformer import TransformerNet
 
 RANK, NO_PAIRS = "rank_too_high", "no_candidates"
 STEPS, ROUNDED = "several_steps", "signal_below_rounding"
+PRUNED = "rows_pruned"
+FEWEST_ROWS = 1.0
+"""Whole rows of a pruned gradient that a span needs, as a multiple of the width."""
 SEEN = 0.9
 """Share of the rank of what attention reads that what comes out of it has to have."""
 DECOYS = 64
 LOOSE = 0.4
 """Distance, of the usual one, of tokens that are known to occur somewhere."""
-MOST_PAIRS = 1000
+MOST_PAIRS = 5000
 """Pairs of token and place with which an encoder's combinations can still be searched."""
 
 
@@ -48,7 +53,9 @@ class Dager(ClosedForm[None]):
     Decoder: prefixes grow greedily, a token being added if (2) holds. Exact while the distinct
     prefixes of a batch are fewer than the width.
     Encoder: every place depends on all tokens. (2) is asked of the first token, the same in all
-    sentences: simulated annealing over one candidate a place, of every possible length. Exact if
+    sentences: simulated annealing over one candidate a place, of every possible length, in
+    whitened coordinates (`annealing`; the paper tries combinations in turn). Sentences found are
+    taken off the rows of the embeddings, which leaves fewer candidates for the others. Exact if
     found; what is found depends on how many candidates there are (see `tries`).
 
     Beyond the paper, `embedding_rows` takes the gradient of the embeddings into account: tokens
@@ -63,6 +70,7 @@ class Dager(ClosedForm[None]):
     the answer is the tokens that occurred, in no order), "several_steps" (the model moved between
     the steps: exact for small learning rates only), "sentences_not_found" (fewer exact sentences
     than records: repeated ones, or a search that failed; the rest are guesses), "no_candidates",
+    "rows_pruned" (known pruning left too few whole rows: the answer is what `place_rows` tells),
     "signal_below_rounding" (fewer inputs show in what comes out of attention than were read: the
     others' slopes are smaller than float32 rounding of the rest, as in a collapsed model).
     Raises AttackError for a model that is no transformer of text with two blocks or more.
@@ -89,7 +97,7 @@ class Dager(ClosedForm[None]):
         default=64, ge=1, le=10_000, description="combinations annealed a length, in an encoder"
     )
     sweeps: int = Field(
-        default=40, ge=5, le=10_000, description="times each place is drawn anew, in an encoder"
+        default=200, ge=5, le=10_000, description="times each place is drawn anew, in an encoder"
     )
     embedding_rows: bool = Field(
         default=True, description="read the gradient of the embeddings as well"
@@ -105,6 +113,8 @@ class Dager(ClosedForm[None]):
         assert case.knowledge.build is not None
         network = case.knowledge.build()
         assert isinstance(network, TransformerNet)
+        if whole_rows(evidence, MIXED) < FEWEST_ROWS * evidence.base[f"{MIXED[0]}.weight"].shape[1]:
+            return self._by_places(case, evidence)
         block = FirstBlock(network, evidence.base)
         read, mixed = span(evidence, READ), span(evidence, MIXED)
         tokens = embedding_rows.occurring(evidence) if self.embedding_rows else None
@@ -119,6 +129,15 @@ class Dager(ClosedForm[None]):
         if mixed.rank < SEEN * read.rank and sum(one.whole for one in found) < evidence.records:
             evidence = replace(evidence, flags=evidence.flags | {ROUNDED})
         return answered(case, evidence, found)
+
+    def _by_places(self, case: Case, evidence: Evidence) -> Reconstruction:
+        """Sentences that the rows of tokens and places tell, as guesses."""
+        flagged = replace(evidence, flags=evidence.flags | {PRUNED})
+        known = placed(case, evidence, 0) if self.embedding_rows else None
+        if known is None:
+            return self._flagged(case, evidence, PRUNED)
+        sentences = [tuple(row[row != PADDING].tolist()) for row in known.ids]
+        return answered(case, flagged, [Found(one, 1.0, False) for one in sentences])
 
     def _pairs(
         self, case: Case, evidence: Evidence, block: FirstBlock, read: Span, tokens: Tensor | None
@@ -151,17 +170,9 @@ class Dager(ClosedForm[None]):
             return grown(block, pairs, mixed, decoys, loose, self.prefixes)
         if len(pairs) > MOST_PAIRS:
             return bags(torch.unique(pairs.token), evidence.records, evidence.input_shape[2])
-        possible = torch.ones(len(pairs), dtype=torch.bool)
-        likely = embedding_rows.likely(evidence, block, pairs) if self.embedding_rows else possible
-        return combined(
-            Puzzle(block, pairs, mixed),
-            likely,
-            evidence.records,
-            self.tolerance,
-            self.tries,
-            self.sweeps,
-            rng,
-        )
+        leftover = Leftover.of(block.network, evidence) if self.embedding_rows else None
+        parts = (Puzzle(block, pairs, mixed), leftover, evidence.records, self.tolerance)
+        return Combining(*parts, self.tries, self.sweeps, rng).sentences()
 
     def _unordered(
         self, case: Case, evidence: Evidence, tokens: Tensor | None, why: str = RANK

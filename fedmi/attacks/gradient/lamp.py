@@ -94,7 +94,10 @@ class LAMP(TextMatching):
             if turn < self.turns:
                 points = rearranging.better(points, losses, problems, turn)
         every = (len(problems), -1)
-        return points.view(*every, *points.shape[1:]), losses.view(*every)
+        found = points.view(*every, *points.shape[1:])
+        if self.init == "place_rows":
+            return self.settled(objective, matching, problems, found)
+        return found, losses.view(*every)
 
     def _part(self, schedule: Schedule, turn: int, parts: int) -> Schedule:
         """A stretch between two turns; Adam's step falls along half a cosine over all of them."""

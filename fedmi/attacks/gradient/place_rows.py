@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedmi.attacks.base import Case, Reconstruction
+from fedmi.attacks.engine.adaptive import adapted
 from fedmi.attacks.engine.closed_form import ClosedForm
 from fedmi.attacks.engine.embedded import no_text
 from fedmi.attacks.engine.evidence import AttackError, Evidence
@@ -30,6 +31,8 @@ class PlaceRows(ClosedForm[None]):
     dealt to sentences by their slopes (`assembled`), and then exchanged between them until each
     sentence's own slopes are those seen (`exchanges`; `trials` = 0 leaves that out). More distinct
     tokens and places than the width, or slopes shorter than the rounding of others, leave guesses.
+    Of rows that are known to be pruned, the entries kept are compared token by token
+    (`pruned_rows`); noise has no such answer.
 
     Samples [n, 1, 1, length] of ids, surest first; confidence [n] 1 - misfit / 2, 1 if the slopes
     are those seen. Flags: "place_rows_not_visible" (noise, or no table of places: the tokens that
@@ -63,6 +66,7 @@ class PlaceRows(ClosedForm[None]):
             raise AttackError(f"{self.kind} {why}")
 
     def invert(self, case: Case, evidence: Evidence, source: None) -> Reconstruction:
+        evidence = adapted(case, evidence)
         flags = evidence.flags
         if several_steps(evidence):
             flags |= {STEPS}
