@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fedmi.attacks.base import Case
+from fedmi.attacks.engine.class_sums import completed
 from fedmi.attacks.engine.evidence import Evidence
-from fedmi.attacks.engine.protected import names
+from fedmi.attacks.engine.protected import PRUNING, names
 
-PRUNING, SOTERIA, SIGNS = "gradient_pruning", "soteria", "sign_compression"
+SOTERIA, SIGNS = "soteria", "sign_compression"
 
 SILENT = 1e-4
 """Of a layer's largest entry; below it, what is left of a zero after weight decay came off."""
@@ -22,12 +23,14 @@ TOO_MANY = 0.05
 def adapted(case: Case, evidence: Evidence) -> Evidence:
     """The evidence with the support that is left behind the deployment's protections.
 
-    Pruning: an entry that is zero was cut, and says nothing of its true value. Soteria: columns of
+    Pruning: an entry that is zero was cut, and says nothing of its true value, but what the others
+    of its column in the last layer tell (`class_sums`). Soteria: columns of
     the weight of one linear layer are cut, all else is not, so that matching the rest undoes it
     (Balunovic et al., Bayesian Framework for Gradient Leakage, ICLR 2022).
     """
     support = dict(evidence.support or {})
     if names(case, PRUNING):
+        evidence = completed(case, evidence)
         for name, part in evidence.descent.items():
             support[name] = support.get(name, torch.ones_like(part).bool()) & (part != 0)
     if names(case, SOTERIA) and (layer := defended(case, evidence)):

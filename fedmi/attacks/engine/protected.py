@@ -3,6 +3,7 @@
 from fedmi.attacks.base import Case
 
 NOT_ADAPTIVE = "not_adaptive"
+PRUNING = "gradient_pruning"
 FRESH_NOISE = ("dp_sgd", "user_level_dp", "additive_noise", "quantization")
 """Kinds that perturb every update anew. Averaging over rounds would undo it; but where a client's
 next update is of another minibatch at another model, there is nothing to average."""

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedmi.attacks.base import Case, Reconstruction
-from fedmi.attacks.engine.adaptive import PRUNING, SIGNS, SOTERIA
+from fedmi.attacks.engine.adaptive import SIGNS, SOTERIA
 from fedmi.attacks.engine.closed_form import ClosedForm
 from fedmi.attacks.engine.evidence import AttackError, Evidence, blind
-from fedmi.attacks.engine.protected import NOT_ADAPTIVE, names
+from fedmi.attacks.engine.protected import NOT_ADAPTIVE, PRUNING, names
 from fedmi.models.vit import VisionTransformer
 
 SEVERAL_RECORDS = "several_records"

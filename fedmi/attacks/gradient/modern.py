@@ -10,7 +10,7 @@ from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.evidence import UPDATES, Evidence
 from fedmi.attacks.engine.features import last_with_bias
 from fedmi.attacks.engine.penalties import FeaturePenalty, Penalty
-from fedmi.attacks.engine.protected import names
+from fedmi.attacks.engine.protected import PRUNING, names
 from fedmi.attacks.engine.smooth_matching import SmoothMatching
 
 
@@ -71,5 +71,5 @@ class Modern(SmoothMatching):
     def _read_layer(self, case: Case) -> str:
         """The layer whose inputs the update gives away, "" if it does not."""
         build = case.knowledge.build
-        cut = names(case, adaptive.SIGNS) or names(case, adaptive.PRUNING)
+        cut = names(case, adaptive.SIGNS) or names(case, PRUNING)
         return "" if build is None or (cut and self.adaptive) else last_with_bias(build())

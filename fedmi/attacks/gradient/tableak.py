@@ -8,12 +8,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmi.attacks.base import Case, Reconstruction
-from fedmi.attacks.engine.adaptive import PRUNING
 from fedmi.attacks.engine.descent import Schedule
 from fedmi.attacks.engine.ensemble import aligned, entropies, pooled
 from fedmi.attacks.engine.evidence import UPDATES, Evidence
 from fedmi.attacks.engine.gradient_matching import GradientMatching
 from fedmi.attacks.engine.matching import Problem
+from fedmi.attacks.engine.protected import PRUNING
 from fedmi.attacks.engine.tables import RelaxedRows, as_rows, as_shares, table_of
 from fedmi.attacks.engine.unknowns import Unknown
 from fedmi.attacks.engine.whitened import Whitening, whitening

@@ -7,11 +7,13 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from fedmi.attacks.base import Attack, Case, Reconstruction
+from fedmi.attacks.engine.class_sums import completed
 from fedmi.attacks.engine.evidence import MUTE, UPDATES, AttackError, Evidence, blind, read
 from fedmi.attacks.engine.labels.checks import RecordsDoNotFit, checked, unfit
 from fedmi.attacks.engine.labels.doubts import SILENT, doubts
 from fedmi.attacks.engine.labels.layer import fresh, last_linear, stand
 from fedmi.attacks.engine.labels.steps import several_steps
+from fedmi.attacks.engine.protected import PRUNING, names
 from fedmi.exposure.words import Fact
 
 STEPS, SIGNED = "steps_read_as_one", "negative_features"
@@ -60,6 +62,8 @@ class LabelAttack(Attack):
     def _answer(self, case: Case, evidence: Evidence) -> Reconstruction:
         if evidence.flags & MUTE:
             return blind(case, evidence, samples=False)
+        if names(case, PRUNING):
+            evidence = completed(case, evidence)
         flags = evidence.flags | doubts(case, evidence)
         if SILENT in flags:
             return blind(case, replace(evidence, flags=flags), samples=False)
