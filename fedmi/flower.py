@@ -47,7 +47,7 @@ def _plan(path: Path, name: str, seed: int, out: str) -> Plan:
     if scenario.pretraining.epochs:
         cell = PretrainingCell(
             data=scenario.data,
-            model=known[name].builds(scenario.model),
+            model=scenario.model,
             pretraining=scenario.pretraining,
             seed=seed,
         )

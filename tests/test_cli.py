@@ -35,7 +35,8 @@ def results(**changes: Any) -> SimpleNamespace:
         {"attack": ["a"], "value": [0.1 + 0.2], "epsilon": [float("nan")], "psnr": [float("inf")]}
     )
     told = {"directory": Path("runs/x"), "leakage": frame, "scores": frame, "metrics": ()}
-    return SimpleNamespace(**{**told, "failures": (), "interrupted": False, **changes})
+    told |= {"failures": (), "refused": (), "interrupted": False}
+    return SimpleNamespace(**{**told, **changes})
 
 
 @pytest.fixture

@@ -371,3 +371,16 @@ def test_a_run_ends_with_rates_and_flags(tmp_path: Path) -> None:
     assert any(f.startswith("noticed: gradient_statistics 100 % at 1 %") for f in flags)
     assert any(f.startswith("few_honest_measurements: architecture_diff 13") for f in flags)
     assert (tmp_path / "detection.parquet").is_file()
+
+
+def test_what_alarms_at_honest_models_as_often_has_not_noticed() -> None:
+    found = Detection(
+        scenario="s", deployment="bad", training="federated", malice="loki", detector="d",
+        lowest_threshold=1.0, threshold=1.0, calibration="other seeds", calibrated_rounds="1",
+        calibrated_on=12, calibration_alarms=0, honest=12, honest_clusters=12, false_alarms=6,
+        false_alarm_rate=0.5, false_alarm_ci_low=0.25, false_alarm_ci_high=0.75, altered=2,
+        altered_clusters=2, detected=2, rate=1.0, ci_low=0.34, ci_high=1.0, weak=True,
+    )  # fmt: skip
+    assert detection_flags([found])[0].startswith("unnoticed")
+    apart = replace(found, ci_low=0.8)
+    assert detection_flags([apart])[0].startswith("noticed")

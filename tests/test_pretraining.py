@@ -129,3 +129,29 @@ def test_flowers_own_runtime_starts_from_the_same_model(tmp_path: Path) -> None:
     seen = _plan(file, "fl", 1, str(tmp_path)).build().state_dict()
     expected = pretrained(start, split_of(start), lambda share: None).state_dict()
     assert all(torch.equal(seen[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("malice", [{"kind": "robbing_the_fed", "bins": 16}, {"kind": "loki"}])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_a_server_builds_around_the_model_has_it_pretrained(
+    malice: dict[str, Any], pinned: bool, tmp_path: Path
+) -> None:
+    deployment = {
+        "kind": "federated", "name": "fl", "clients": 3, "rounds": 1, "local_steps": 1,
+        "malice": malice | {"bins": 16}, "pin_architecture": pinned,
+    }  # fmt: skip
+    attack = {
+        "kind": malice["kind"], "position": "malicious_server", "channel": "aggregate",
+        "knowledge": ["public_data"], "rounds": [1],
+    }  # fmt: skip
+    todo = planned(deployment=[deployment], attack=[attack])
+    (start,) = todo.pretrainings
+    results = run(todo.scenario, out=str(tmp_path), jobs=0, quiet=True)
+    cell = next(cell for cell in todo.trainings if cell.twin == "none")
+    expected = pretrained(start, split_of(start), lambda share: None).state_dict()
+    transcripts = saved.load(RunDirectory(tmp_path).cell(cell.key)).transcripts
+    seen = transcripts[Position.CLIENT].global_model(1)
+    prefix = "" if pinned else "model."
+    assert all(torch.equal(seen[prefix + name], expected[name]) for name in expected)
+    assert bool(results.refused) == pinned
+    assert not results.failures

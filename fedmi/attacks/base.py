@@ -85,6 +85,8 @@ class Attack(Component):
     """Further facts it makes use of when granted; any other grant is refused."""
     exploits: ClassVar[frozenset[str]] = frozenset()
     """Kinds of malice of which a deployment must have one; empty = it needs none."""
+    replays: ClassVar[tuple[str, ...]] = ()
+    """Options that must be None or those of the same name of the intruder that it exploits."""
     reads_schemas: ClassVar[frozenset[str]] = frozenset({"pixels", "table"})
     """Kinds of records that it knows how to recover."""
     with_dealer: ClassVar[bool] = False

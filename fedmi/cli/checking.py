@@ -13,6 +13,7 @@ from fedmi.cli.console import results
 from fedmi.cli.running import Request
 
 if TYPE_CHECKING:
+    from fedmi.exposure.schema import Schema
     from fedmi.scenario.overview import Overview
 
 MOST_CELLS = 40
@@ -39,6 +40,13 @@ def check_scenario(request: Request, as_json: bool) -> None:
     console.print("valid; nothing was run or written")
 
 
+def _of(schema: "Schema") -> str:
+    """What a record is, where it is no picture."""
+    if schema.kind == "text":
+        return f" (sentences of up to {schema.length} tokens of {len(schema.pieces)})"
+    return f" ({len(schema.columns)} columns)" if schema.kind == "table" else ""
+
+
 def _head(console: Console, seen: "Overview") -> None:
     card, counts = seen.card, seen.counts
     metrics = dict.fromkeys(name for item in seen.attacks for name in item.metrics)
@@ -46,7 +54,7 @@ def _head(console: Console, seen: "Overview") -> None:
     lines = (
         f"{seen.name}: {seen.question}" if seen.question else seen.name,
         f"data        {card.title}: {card.private_records} private records, "
-        f"{card.classes} classes, {shape}",
+        f"{card.classes} classes, {shape}{_of(card.schema)}",
         f"            {card.source}; {card.licence}",
         f"model       {seen.model}, {seen.parameters:,} parameters",
         f"metrics     {', '.join(metrics)}",

@@ -100,6 +100,8 @@ def _print_table(found: "Results") -> None:
     console.print(leakage_table(found.leakage, found.metrics))
     for text in under_the_table(found.report) if found.report else ():
         console.print(text)
+    for line in found.refused:
+        console.print(f"refused by the clients: {line}", markup=False, soft_wrap=True)
     console.print(f"tables and report: {found.directory}/report.html", markup=False, soft_wrap=True)
 
 
@@ -110,6 +112,7 @@ def _print_json(name: str, found: "Results") -> None:
         "directory": str(found.directory),
         "interrupted": found.interrupted,
         "failures": list(found.failures),
+        "refused": list(found.refused),
         "leakage": [{str(k): _json_value(v) for k, v in row.items()} for row in rows],
     }
     typer.echo(json.dumps(document, indent=1))

@@ -60,13 +60,26 @@ class Job:
     progress: Callable[[float], None] = lambda share: None
 
     def initial(self) -> nn.Module:
-        """What training starts from, the caller's to train; RuntimeError where `start` is of
+        """What training starts from, the caller's to train; DeploymentError where `start` is of
         another architecture."""
         private = self.split.private
         module = self.model.build(private.shape, self.split.classes, self.seed.child("model"))
-        if self.start is not None:
-            module.load_state_dict(dict(self.start))
-        return module
+        return module if self.start is None else loaded(module, self.start)
+
+
+def loaded(module: nn.Module, start: Mapping[str, Tensor]) -> nn.Module:
+    """The module with this state, in place; of what a server built around the model, the model.
+
+    Raises DeploymentError where the state is that of no part of the module.
+    """
+    parts = {"": module, **dict(module.named_modules())}
+    for part in parts.values():
+        if {name: t.shape for name, t in part.state_dict().items()} == {
+            name: t.shape for name, t in start.items()
+        }:
+            part.load_state_dict(dict(start))
+            return module
+    raise DeploymentError("the initial model is of another architecture than the one trained")
 
 
 @dataclass(frozen=True)

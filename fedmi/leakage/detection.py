@@ -94,6 +94,13 @@ class Detection:
         return said + more
 
     @property
+    def tells(self) -> bool:
+        """Whether it alarms at most of the altered models; where it alarms at honest ones more
+        often than was aimed at, clearly more often than at these."""
+        apart = self.ci_low > self.false_alarm_ci_high
+        return self.rate > OFTEN and (apart or not self.broken)
+
+    @property
     def broken(self) -> bool:
         """Whether honest measurements cross the thresholds clearly more often than was aimed at,
         as where each seed's training goes a way of its own."""
@@ -249,7 +256,7 @@ def detection_flags(found: Sequence[Detection]) -> tuple[str, ...]:
     """What the attacks' rows say of the detectors of their deployment."""
     lines = sorted(found, key=lambda one: (-one.rate, one.detector))
     able = [one for one in lines if one.calibrated_on]
-    good = [one for one in able if one.rate > OFTEN]
+    good = [one for one in able if one.tells]
     flags = []
     if good:
         flags.append("noticed: " + ", ".join(map(_worded, good)))

@@ -28,6 +28,9 @@ EXPLANATIONS: Mapping[str, str] = MappingProxyType(
         "the value here. Part of the difference in leakage or accuracy may be theirs.",
         "control_without_interval": "The same attack has an advantage on the unprotected "
         "deployment, but on one target only, so nothing says that it is clear of zero.",
+        "architecture_refused": "The clients pin the architecture and refused the model that the "
+        "malicious server wanted trained. It went on with the honest one, so what it would have "
+        "planted is not there; the defence worked, and training is as with an honest server.",
         "fewer_bins_than_records": "Fewer bins of the imprint held something than the target has "
         "records: some records share a bin.",
         "noisy_bins": "Most bins of the imprint hold nothing like a record: noise or rounding is "

@@ -11,10 +11,10 @@ SHOWN = 8
 
 
 def readings_text(report: ReportData) -> Text | None:
-    """Private, reconstruction and prior-only of the first target; right words in brackets."""
+    """Private, reconstruction and prior-only of the first target; what is right in brackets."""
     if not report.readings:
         return None
-    text = Text("Reconstructions, first target each (right words in brackets and bold):")
+    text = Text("Reconstructions, first target each (what counts as right in brackets and bold):")
     for found in report.readings[:SHOWN]:
         place = f"{spoken(found.position)} through {spoken(found.channel)}"
         text.append(f"\n  {found.attack} on {found.deployment}, {place}")

@@ -6,6 +6,7 @@ from difflib import SequenceMatcher
 from torch import Tensor
 
 from fedmi.exposure.schema import Column, Schema, Table, Text
+from fedmi.metrics.tables import recovered
 
 Reading = tuple[tuple[str, bool], ...]
 """The words of a record in order, and whether each is right."""
@@ -27,12 +28,15 @@ def readable(schema: Schema, record: Tensor) -> list[str]:
 
 def compared(schema: Schema, record: Tensor, true: Tensor) -> Reading:
     """The record's words; those of a sentence are right where they stand in the true one, in
-    order (gaps allowed), those of a table where the column reads the same."""
+    order (gaps allowed), those of a table where `feature_accuracy` counts the column as right."""
     found, wanted = readable(schema, record), readable(schema, true)
     if isinstance(schema, Text):
         right = _in_order(found, wanted)
         return tuple((word, place in right) for place, word in enumerate(found))
-    return tuple((word, word == other) for word, other in zip(found, wanted, strict=True))
+    if not isinstance(schema, Table):
+        return ()
+    rows = (part.reshape(1, 1, 1, -1) for part in (record, true))
+    return tuple(zip(found, recovered(schema, *rows)[0].tolist(), strict=True))
 
 
 def _in_order(found: Sequence[str], wanted: Sequence[str]) -> set[int]:

@@ -32,7 +32,8 @@ NOT_RUN = "not run yet: the run was interrupted; the same command finishes it"
 
 @dataclass(frozen=True)
 class Results:
-    """The run directory and its tables; `failures` has one line a failed cell.
+    """The run directory and its tables; `failures` has one line a failed cell, `refused` one for
+    each attack that found nothing planted because the clients refused what the server sent.
 
     secured: what was computed under MPC, and what it took. report: all that the report shows.
     """
@@ -43,6 +44,7 @@ class Results:
     metrics: tuple[MetricInfo, ...]
     failures: tuple[str, ...]
     interrupted: bool
+    refused: tuple[str, ...] = ()
     secured: tuple[Secured, ...] = ()
     report: ReportData | None = None
 
@@ -78,10 +80,28 @@ def publish(
     for name, frame in (("tradeoff", data.tradeoff), ("equal_utility", data.equal_utility)):
         write_frame(frame, directory.path / f"{name}.parquet")
     write_report(data, directory)
-    lines = tuple(
-        f"{t.attack} on {t.deployment}, seed {t.seed}: {t.failure}" for t in trials if t.failure
+    failed = {
+        f"{t.attack} on {t.deployment}, seed {t.seed}: {t.failure}": _refused(t)
+        for t in trials
+        if t.failure
+    }
+    return Results(
+        directory=directory.path,
+        leakage=leakage,
+        scores=scores,
+        metrics=metrics,
+        failures=tuple(line for line, refused in failed.items() if not refused),
+        refused=tuple(line for line, refused in failed.items() if refused),
+        interrupted=interrupted,
+        secured=data.secured,
+        report=data,
     )
-    return Results(directory.path, leakage, scores, metrics, lines, interrupted, data.secured, data)
+
+
+def _refused(trial: Trial) -> bool:
+    """Whether the attack failed because clients pin the architecture: as they meant it to."""
+    refused = any(flag.startswith("architecture_refused") for flag in trial.flags)
+    return refused and "nothing is planted" in (trial.failure or "")
 
 
 def _kept_failures(directory: RunDirectory) -> dict[str, str]:

@@ -47,7 +47,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 def run(
     scenario: Scenario,
-    out: Path | None = None,
+    out: Path | str | None = None,
     jobs: int | None = None,
     ray_address: str | None = None,
     quiet: bool = False,
@@ -60,7 +60,7 @@ def run(
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)  # its rounds are told by the board
     todo = plan(scenario)
-    path = out or Path("runs") / f"{scenario.name}-{todo.key}"
+    path = Path(out or Path("runs") / f"{scenario.name}-{todo.key}")
     with RunDirectory(path).locked() as directory, _room():
         _say(_before(directory, to_toml(scenario)), quiet)
         replace_text(path / "scenario.toml", to_toml(scenario))
@@ -93,8 +93,9 @@ def _say(text: str, quiet: bool) -> None:
         Console(stderr=True).print(f"fedmi: {text}", markup=False, highlight=False)
 
 
-def rebuild(path: Path) -> Results:
+def rebuild(path: Path | str) -> Results:
     """Tables and report again from a run directory, without running anything."""
+    path = Path(path)
     if not (path / "scenario.toml").is_file():
         raise RunError(f"{path} is not a run directory: it has no scenario.toml")
     with RunDirectory(path).locked() as directory:

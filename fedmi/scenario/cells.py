@@ -79,7 +79,7 @@ class TrainingCell(BaseModel):
             return ()
         return (
             PretrainingCell(
-                data=self.data, model=self.network, pretraining=self.pretraining, seed=self.seed
+                data=self.data, model=self.model, pretraining=self.pretraining, seed=self.seed
             ),
         )
 

@@ -41,7 +41,11 @@ class Scenario(BaseModel):
     seeds: tuple[SeedNumber, ...] = Field(
         min_length=1, description="everything is repeated for each, on a split of its own"
     )
-    primary: tuple[str, ...] = Field(default=(), description="metrics shown first in tables")
+    primary: tuple[str, ...] = Field(
+        default=(),
+        description="metrics shown first in tables, the first as headline; if not given, all of "
+        "`metrics` in their order",
+    )
     metrics: tuple[AnyMetric, ...] = Field(
         default=(), description="kinds or tables; empty = all that fedmi brings"
     )
@@ -140,8 +144,10 @@ class Scenario(BaseModel):
     @property
     def shown_first(self) -> tuple[str, ...]:
         """Kinds of the primary metrics."""
+        if self.primary or self.metrics:
+            return self.primary or tuple(metric.kind for metric in self.metrics)
         known = {metric.kind for metric in self.scored}
-        return self.primary or tuple(kind for kind in PRIMARY if kind in known)
+        return tuple(kind for kind in PRIMARY if kind in known)
 
 
 def _builtin_metrics() -> tuple[Metric, ...]:

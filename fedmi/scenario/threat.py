@@ -65,7 +65,7 @@ def problems(scenario: Scenario, card: Card) -> list[str]:
     for attack in scenario.attack:
         place = f'[[attack]] "{attack.title}"'
         checks = (
-            *(_channel, _exploits, _shares, _targets, _grants),
+            *(_channel, _exploits, _unaltered, _replays, _shares, _targets, _grants),
             *(_facts, _rounds, _scores, _coalition, _planted),
         )
         found += [f"{place} {text}" for check in checks for text in check(attack, scenario)]
@@ -77,6 +77,13 @@ def _misfits(scenario: Scenario, card: Card) -> Iterator[str]:
     for place, model in (("model", scenario.model), ("evaluator", scenario.evaluator)):
         if why := model.misfit(card.schema):
             yield f'[{place}] kind = "{model.kind}": {why}'
+    kind = card.schema.kind
+    for metric in scenario.metrics:
+        if kind not in metric.schemas:
+            yield (
+                f'metrics names "{metric.kind}", which is for {_words(metric.schemas)}, but the '
+                f"records are {kind}"
+            )
     for attack in scenario.attack:
         if card.schema.kind not in attack.reads_schemas:
             yield (
@@ -165,6 +172,34 @@ def _exploits(attack: Attack, scenario: Scenario) -> Iterator[str]:
             f"needs {what} of kind {_words(attack.exploits)} in "
             f"{listed([deployment.name for deployment in honest])}"
         )
+
+
+def _unaltered(attack: Attack, scenario: Scenario) -> Iterator[str]:
+    """Rounds in which the server that the attack exploits sends the honest model."""
+    for deployment in scenario.deployment:
+        if not (attack.exploits & deployment.malice_kinds and applies(attack, deployment)):
+            continue
+        altered = getattr(getattr(deployment, "malice", None), "rounds", None)
+        honest = [r for r in attack.rounds if altered is not None and r not in altered]
+        if honest and attack.channel in PER_ROUND:
+            yield (
+                f'rounds names {honest[0]}, in which the server of "{deployment.name}" sends the '
+                f"honest model; its malice has rounds = {list(altered or ())}"
+            )
+
+
+def _replays(attack: Attack, scenario: Scenario) -> Iterator[str]:
+    """What the attack has to do as the malicious party did, and is told to do otherwise."""
+    for deployment in scenario.deployment:
+        intruder = getattr(deployment, "intruder", None)
+        if intruder is None or intruder.kind not in attack.exploits:
+            continue
+        for name in attack.replays if applies(attack, deployment) else ():
+            if getattr(attack, name) not in (None, getattr(intruder, name)):
+                yield (
+                    f'{name} is another one than that of the intruder of "{deployment.name}", '
+                    "which the attack replays; leave it out"
+                )
 
 
 def _shares(attack: Attack, _scenario: Scenario) -> Iterator[str]:

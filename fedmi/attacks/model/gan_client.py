@@ -69,6 +69,7 @@ class GANClient(Attack):
     uses: ClassVar = frozenset({Fact.PUBLIC_DATA})
     """For the blind guess alone: the mean of public records is near to any class's."""
     exploits: ClassVar = frozenset({"gan"})
+    replays: ClassVar = ("game",)
     reads_schemas: ClassVar = frozenset({"pixels"})
 
     def own_targets(self, transcript: Transcript) -> tuple[Target, ...] | None:

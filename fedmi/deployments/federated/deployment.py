@@ -344,7 +344,7 @@ class Federated(Deployment):
             agreed=agreed,
             detectors=self.detectors,
             intruder=self.intruder,
-            start=job.start if model == self.builds(job.model) else None,
+            start=job.start,
         )
         if self.intruder and (why := self.intruder.misplaced(plan.intruder_labels, plan.classes)):
             raise DeploymentError(f"'{self.name}': intruder {self.intruder.kind}: {why}")
@@ -371,6 +371,8 @@ class Federated(Deployment):
         except DeploymentError as error:
             if plan.pinned is None or ArchitectureRefusedError.__name__ not in str(error):
                 raise
-            refusal = str(error)
+            # all clients say the same; the first one's words will do
+            refusal = str(error).partition(f"{ArchitectureRefusedError.__name__}: ")[2]
+            refusal = refusal.partition(";")[0]
         honest = replace(self.plan(job, honest=True), refusal=refusal)
         return honest, simulated(honest)

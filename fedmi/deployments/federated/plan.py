@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fedmi.data.records import Ints, Records
-from fedmi.deployments.base import Noticed, Planted
+from fedmi.deployments.base import Noticed, Planted, loaded
 from fedmi.deployments.federated.detectors.base import Detector
 from fedmi.deployments.federated.intruders.base import Intruder
 from fedmi.deployments.federated.malice.base import Malice
@@ -42,7 +42,8 @@ class Plan:
     server: who runs it. pinned: name -> shape of the only tensors clients take for a model; None =
     they take what they are sent. public: the adversary's own records. agreed: name -> shape of the
     architecture that all agreed on; detectors: what every client measures of what it is sent.
-    intruder: what a malicious client does. start: the initial state; None = drawn from model_seed.
+    intruder: what a malicious client does. start: the initial state
+    of the agreed architecture; None = drawn from model_seed.
     encrypted: nobody but server and clients reads the messages.
     """
 
@@ -172,9 +173,7 @@ class Plan:
     @cached_property
     def _initial(self) -> nn.Module:
         module = self.model.build(self.private.shape, self.classes, self.model_seed)
-        if self.start is not None:
-            module.load_state_dict(dict(self.start))
-        return module
+        return module if self.start is None else loaded(module, self.start)
 
 
 def server_position(malice: Malice | None) -> Position:
