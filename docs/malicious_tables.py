@@ -49,20 +49,17 @@ def noticed(run: Path) -> str:
 
 
 def false_alarms(run: Path) -> str:
-    """What the thresholds were set on, and how often they alarm on the other half."""
-    found = pd.read_csv(run / "detection.csv").drop_duplicates(
-        ["detector", "threshold", "calibrated_on", "honest"]
-    )
-    lines = ["| statistic | set on | false alarms on the others |", "|---|---|---|"]
+    """Of each deployment, what the thresholds were set on, and how often honest models alarm."""
+    found = pd.read_csv(run / "detection.csv")
+    lines = ["| deployment | statistic | rounds | set on | false alarms |", "|---|---|---|---|---|"]
     for _, row in found.iterrows():
-        if not row["calibrated_on"]:
+        if not row["calibrated_on"] or not row["honest"]:
             continue
-        rate = f"{row['false_alarms']} of {row['honest']}" if row["honest"] else "none to count"
-        if row["honest"]:
-            rate += f": {row['false_alarm_rate']:.1%} [{row['false_alarm_ci_low']:.1%}, "
-            rate += f"{row['false_alarm_ci_high']:.1%}]"
-        lines.append(f"| {row['detector']} | {row['calibrated_on']} | {rate} |")
-    return "\n".join(dict.fromkeys(lines))
+        rate = f"{row['false_alarms']} of {row['honest']}: {row['false_alarm_rate']:.1%} "
+        rate += f"[{row['false_alarm_ci_low']:.1%}, {row['false_alarm_ci_high']:.1%}]"
+        where = (row["deployment"], row["detector"], row["calibrated_rounds"])
+        lines.append(f"| {' | '.join(where)} | {row['calibrated_on']} | {rate} |")
+    return "\n".join(lines)
 
 
 def imprints(results: Report) -> Iterator[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import fedmi.cli.running
 from fedmi.cli.app import app
+from fedmi.cli.catalogue import print_list
 from fedmi.runs import execute
 from fedmi.runs.directory import RunError
 from tests.scenarios import base
@@ -234,3 +235,10 @@ def test_python_m_is_the_command() -> None:
         [sys.executable, "-m", "fedmi.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("fedmi 0.")
+
+
+def test_flags_are_listed_with_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    print_list("flags")
+    shown = capsys.readouterr().out
+    assert "architecture_refused" in shown
+    assert "pin the architecture" in " ".join(shown.split())

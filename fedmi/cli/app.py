@@ -115,7 +115,7 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="attacks, datasets, deployments, metrics, models, partitions or strategies",
+            help="attacks, datasets, deployments, metrics, models, ..., or flags",
             show_default=False,
         ),
     ] = None,

@@ -25,6 +25,9 @@ def print_list(kind: str | None) -> None:
     from fedmi.exposure.component import components
 
     console = results()
+    if kind in ("flag", "flags"):
+        _print_flags(console)
+        return
     for group in [_group(kind)] if kind else GROUPS:
         table = Table(box=box.SIMPLE_HEAD, title=group, title_justify="left", pad_edge=False)
         table.add_column("kind", no_wrap=True)
@@ -33,6 +36,17 @@ def print_list(kind: str | None) -> None:
         for name, cls in components(f"fedmi.{group}").items():
             table.add_row(name, escape(first_line(cls)), cls.__module__.split(".")[0])
         console.print(table)
+
+
+def _print_flags(console: Console) -> None:
+    from fedmi.leakage.flags import EXPLANATIONS
+
+    table = Table(box=box.SIMPLE_HEAD, title="flags", title_justify="left", pad_edge=False)
+    table.add_column("flag", no_wrap=True)
+    table.add_column("what it says of a row")
+    for name, text in sorted(EXPLANATIONS.items()):
+        table.add_row(name, escape(text))
+    console.print(table)
 
 
 def print_component(kind: str, name: str) -> None:
